@@ -1,0 +1,60 @@
+"""Flags that all evaluations share."""
+import argparse
+
+import models
+import utils
+
+
+def int_from(minimum):
+    """argparse type for integers from `minimum` on."""
+    def parse(text):
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected at least {minimum}, not {text}")
+        return int(text)
+    parse.__name__ = "int"  # argparse says `invalid int value`
+    return parse
+
+
+def evaluation_parser(description):
+    """An `ArgumentParser` with the shared flags; a protocol adds its own and overrides defaults with `set_defaults`."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    backbone = parser.add_argument_group("backbone")
+    backbone.add_argument("--pretrained_weights", required=True,
+                          help="checkpoint (.pth, .safetensors), or the word `random` for an untrained network")
+    backbone.add_argument("--checkpoint_key", default="teacher",
+                          help="entry of the checkpoint; a comma list is evaluated in turn")
+    backbone.add_argument("--arch", choices=models.ARCHS, help="by default the checkpoint's own, else vit_small")
+    backbone.add_argument("--patch_size", type=int_from(1), help="of a ViT; by default the checkpoint's own, else 16")
+    backbone.add_argument("--window_size", type=int_from(1), help="of a Swin; by default the checkpoint's own, else 7")
+
+    features = parser.add_argument_group("features")
+    features.add_argument("--n_last_blocks", type=int_from(1), default=1,
+                          help="blocks whose [CLS] tokens are concatenated")
+    features.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1, 2), default=0,
+                          help="0: [CLS] tokens; 1: mean patch token of the last block, not normed; 2: both, normed")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", default="data/imagenet", help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    data.add_argument("--image_size", type=int_from(1),
+                      help="side in pixels; by default that of the checkpoint's global crops, else 224")
+    data.add_argument("--batch_size_per_gpu", type=int_from(1), default=128, help="images per process and batch")
+    data.add_argument("--num_workers", type=int_from(0), default=10, help="loader workers per process")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", help="folder whose results.json gets a record of this evaluation")
+    run.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    run.add_argument("--dist_url", default="env://", help="where the processes meet")
+    # Old launchers pass it; the environment says the same.
+    run.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def checkpoint_keys(weights, text):
+    """Keys to evaluate in turn from the comma list `text`; random weights have none, hence the one name `random`."""
+    if weights == "random":
+        return ["random"]
+    keys = [key.strip() for key in text.split(",") if key.strip()]
+    if not keys:
+        raise utils.InputError("--checkpoint_key is empty")
+    return keys

@@ -1,0 +1,109 @@
+"""Features of images: what is taken from the backbone, and their extraction over all processes.
+
+Letters: B images of a batch, N patch tokens, D width, F feature size, n images of the data set, W processes.
+"""
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
+
+import utils
+from loader import BadImage
+from models.swin_transformer import SwinTransformer
+
+
+def feature_dim(model, n_last_blocks=1, avgpool_patchtokens=0):
+    """F of `pool_features`. Raises InputError for a combination that the backbone does not have."""
+    if isinstance(model, SwinTransformer):
+        if avgpool_patchtokens:
+            raise utils.InputError(f"--avgpool_patchtokens {avgpool_patchtokens}: a Swin has mode 0 only")
+        widths = [block.dim for stage in model.layers for block in stage.blocks]
+    else:
+        widths = [model.embed_dim] * len(model.blocks)
+    if n_last_blocks > len(widths):
+        raise utils.InputError(f"--n_last_blocks {n_last_blocks}: the backbone has {len(widths)} blocks")
+    taps = widths[-n_last_blocks:]
+    return (sum(taps), widths[-1], sum(taps) + widths[-1])[avgpool_patchtokens]
+
+
+def pool_features(model, images, n_last_blocks=1, avgpool_patchtokens=0):
+    """Features [B, F] of images [B, 3, H, W]; `avgpool_patchtokens` is the pooling mode.
+
+    0: the [CLS] tokens of the last blocks, after the final norm, shallow to deep (Swin: the mean tokens).
+    1: the mean patch token of the last block alone, *before* the final norm; `n_last_blocks` has no effect.
+    2: as 0, followed by the mean patch token of the last block after the norm.
+    """
+    if avgpool_patchtokens == 1:
+        return model.get_intermediate_layers(images, 1, norm=False)[-1][:, 1:].mean(dim=1)
+    taps = model.get_intermediate_layers(images, n_last_blocks)  # n tensors [B, 1 + N, D]
+    parts = [tokens[:, 0] for tokens in taps]
+    if avgpool_patchtokens == 2:
+        parts.append(taps[-1][:, 1:].mean(dim=1))
+    return torch.cat(parts, dim=-1)
+
+
+def sharded_loader(dataset, batch_size, num_workers, process):
+    """Unshuffled batches of this process's share of `dataset`; shares are padded by repetition to equal length."""
+    sampler = DistributedSampler(dataset, num_replicas=process.world_size, rank=process.rank, shuffle=False)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers,
+                      pin_memory=process.device.type == "cuda")
+
+
+def extract_features(model_fn, loader, process, name="images"):
+    """Features and labels of a whole data set, in its order, as CPU tensors on rank 0: ([n, F] float32, [n] int64).
+
+    Args:
+        model_fn: images [B, 3, H, W] on `process.device` to features [B, F].
+        loader: `sharded_loader` of a data set whose items are (image, label, index).
+        name: what the progress lines and errors call the data.
+
+    Every batch is gathered and copied to the CPU at once, so that a device never holds more than W batches. Images that
+    padding repeats overwrite their own row. Other ranks return (None, None). Raises InputError, on all ranks, for
+    features that are not finite.
+    """
+    n = len(loader.dataset)
+    features = labels = None
+    broken = torch.zeros((), device=process.device)
+    for step, (images, batch_labels, indices) in enumerate(_readable(loader, process)):
+        with torch.inference_mode():
+            batch = model_fn(images.to(process.device, non_blocking=True)).float().contiguous()
+            broken += ~torch.isfinite(batch).all()
+            places = torch.stack((indices, batch_labels)).to(process.device)  # [2, B]
+            parts = list(zip(_gather(batch, process), _gather(places, process), strict=True))
+        if process.rank > 0:
+            continue
+        if features is None:  # made outside inference mode: heads may be trained on them
+            features, labels = torch.empty(n, batch.shape[1]), torch.empty(n, dtype=torch.int64)
+        for rows, place in parts:
+            index, label = place.cpu()
+            features[index], labels[index] = rows.cpu(), label
+        if (step + 1) % 50 == 0 or step + 1 == len(loader):
+            done = min((step + 1) * loader.batch_size * process.world_size, n)
+            print(f"features of {name}: {done}/{n}", flush=True)
+    if process.world_size > 1:
+        dist.all_reduce(broken)
+    if broken:
+        raise utils.InputError(f"features of {name} are not finite: the weights hold NaN or overflow")
+    return features, labels
+
+
+def _readable(loader, process):
+    """The batches of `loader`; a file that is no image raises InputError in one line, whichever rank meets it."""
+    try:
+        yield from loader
+    except BadImage as error:
+        # From a worker it comes inside the text of a traceback, as the last line.
+        line = str(error).strip().splitlines()[-1].removeprefix("loader.BadImage: ")
+        if process.rank > 0:  # `utils.run` speaks for rank 0 alone
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        raise utils.InputError(line) from None
+
+
+def _gather(tensor, process):
+    """The tensors of all processes, of one shape, in order of rank; an empty list on ranks above 0."""
+    if process.world_size == 1:
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(process.world_size)] if process.rank == 0 else []
+    dist.gather(tensor, parts or None)
+    return parts

@@ -1,0 +1,86 @@
+"""Write the backbone of a checkpoint to a file of its own.
+
+    python extract_backbone_weights.py work_dirs/JOB/checkpoint.pth backbone.pth --checkpoint_key teacher
+    python extract_backbone_weights.py checkpoint.pth vit.safetensors --checkpoint_key teacher --format timm
+
+`--format ibot` keeps this project's names: {"state_dict": {name: tensor}} in a .pth file, {name: tensor} in a
+.safetensors file. `--format timm` is {name: tensor} in both, which models of timm load strictly, such as
+
+    timm.create_model("vit_small_patch16_224", num_classes=0)
+    timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
+
+(timm's Swin has eps 1e-5 by default, with which its features differ by about 2e-5 from those here).
+"""
+import argparse
+import os
+import re
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+import utils
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description="Extract the backbone of a checkpoint", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="file to read (.pth or .safetensors)")
+    parser.add_argument("output", help="file to write; its ending, .pth or .safetensors, says the kind")
+    parser.add_argument("--checkpoint_key", default="state_dict", help="entry of the checkpoint: student, teacher, ...")
+    parser.add_argument("--with_head", type=utils.bool_flag, default=False, help="keep the projection head too")
+    parser.add_argument("--format", choices=("ibot", "timm"), default="ibot")
+    return parser
+
+
+def timm_state_dict(state):
+    """Backbone names of this project to timm's: Swin's patch merging belongs to the stage that it begins, not ends."""
+    state = {name: value for name, value in state.items()
+             if name != "masked_embed" and not name.endswith(("relative_position_index", "attn_mask"))}
+    return {re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) + 1}.downsample", name): value
+            for name, value in state.items()}
+
+
+def extract(checkpoint, key, path, with_head=False, timm_format=False):
+    """Names and tensors of the backbone under `key` of a checkpoint dictionary that was read from `path`.
+
+    Raises InputError when there is no such entry or no backbone in it.
+    """
+    state = utils.backbone_state_dict(checkpoint, key, path)
+    if "patch_embed.proj.weight" not in state:
+        raise utils.InputError(f"checkpoint {path}: key {key!r} holds no backbone (no patch_embed.proj.weight)")
+    if timm_format:
+        return timm_state_dict(state)
+    if with_head:
+        whole = utils.without_prefix(utils.network_state_dict(checkpoint, key, path), "backbone.")
+        state |= {name: value for name, value in whole.items() if name not in state}
+    return state
+
+
+def main():
+    args = get_args_parser().parse_args()
+    output = Path(args.output)
+    if output.suffix not in (".pth", ".safetensors"):
+        raise utils.InputError(f"output {output}: its name must end in .pth or .safetensors")
+    if args.with_head and args.format == "timm":
+        raise utils.InputError("--with_head true: timm's models have no such head; use --format ibot")
+    state = extract(utils.load_checkpoint(args.checkpoint), args.checkpoint_key, args.checkpoint, args.with_head,
+                    args.format == "timm")
+    if output.exists() and output.samefile(args.checkpoint):
+        raise utils.InputError(f"output {output}: is the checkpoint itself")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise utils.InputError(f"output {output}: its folder cannot be made ({error.strerror})") from error
+    if output.suffix == ".pth":
+        utils.save_atomically(state if args.format == "timm" else {"state_dict": state}, output)
+    else:
+        temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
+        # Clones: safetensors refuses tensors that share storage, as a shared head's two names do.
+        tensors = {name: value.clone().contiguous() for name, value in state.items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, output)
+    print(f"{output}: {len(state)} tensors, {sum(value.numel() for value in state.values()) / 1e6:.2f} M values, "
+          f"{args.format} names")
+
+
+if __name__ == "__main__":
+    utils.run(main)

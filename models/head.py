@@ -1,0 +1,105 @@
+"""Projection head of iBOT (Section 3 of the paper; DINO's head with a second output for patch tokens).
+
+Letters: T any number of tokens, K outputs.
+"""
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+import torch.nn.functional as F
+from torch import nn
+
+
+def at_least_float32(x):
+    """`x` in float32, unless it is wider: for what half precision would spoil."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class WeightNormLinear(nn.Module):
+    """Bias-free linear layer with rows g * v / |v|; `weight_g` [K, 1] starts at 1, `weight_v` [K, in]."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_v = nn.Parameter(nn.Linear(in_features, out_features, bias=False).weight.detach())
+
+    def forward(self, x):
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class SyncBatchNorm(nn.BatchNorm1d):
+    """Batch norm over all tokens [..., C] of all processes. torch's own needs CUDA and channels in dimension 1."""
+
+    def forward(self, x):
+        if not self.training:
+            return F.batch_norm(x.flatten(0, -2), self.running_mean, self.running_var, self.weight, self.bias,
+                                eps=self.eps).view_as(x)
+        tokens = at_least_float32(x).flatten(0, -2)  # [T, C]
+        count = tokens.new_tensor([float(len(tokens))])
+        total = tokens.sum(dim=0)
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            total = dist_functional.all_reduce(total)
+        mean = total / count
+        squares = (tokens - mean).square().sum(dim=0)
+        if dist.is_initialized():
+            squares = dist_functional.all_reduce(squares)
+        variance = squares / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(squares / (count - 1).clamp(min=1), self.momentum)
+        tokens = (tokens - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return tokens.view_as(x).to(x.dtype)
+
+
+# `bn` is synchronised too: the reference converts every batch norm before training.
+NORMS = {"bn": SyncBatchNorm, "syncbn": SyncBatchNorm, "ln": nn.LayerNorm}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class iBOTHead(nn.Module):  # noqa: N801 - the reference's name
+    """MLP of three linear layers, l2 normalisation, and one or two weight-normalised last layers.
+
+    Args:
+        in_dim: width of the backbone's tokens.
+        out_dim, patch_out_dim: K of the [CLS] output and, unless the head is shared, of the patch output.
+        norm: None, "bn", "syncbn" or "ln" after the two hidden layers.
+        act: "gelu" or "relu".
+        norm_last_layer: keep `weight_g` at 1 (Section 4.1: steadier training).
+        shared_head: one last layer for [CLS] and patches; `last_layer2` is then an alias of `last_layer`.
+    """
+
+    def __init__(self, in_dim, out_dim, patch_out_dim=8192, norm=None, act="gelu", norm_last_layer=True,
+                 shared_head=False, hidden_dim=2048, bottleneck_dim=256):
+        super().__init__()
+        layers = []
+        for width in (in_dim, hidden_dim):
+            layers += [nn.Linear(width, hidden_dim), *([NORMS[norm](hidden_dim)] if norm else []), ACTIVATIONS[act]()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer2 = self.last_layer if shared_head else WeightNormLinear(bottleneck_dim, patch_out_dim)
+        if norm_last_layer:
+            self.last_layer.weight_g.requires_grad_(False)
+            self.last_layer2.weight_g.requires_grad_(False)
+        self.has_batch_norm = norm in ("bn", "syncbn")
+
+    def bottleneck(self, x):
+        """Tokens [..., D] to points of the unit sphere [..., 256], in float32 whatever the mixed precision."""
+        return F.normalize(at_least_float32(self.mlp(x)), dim=-1)
+
+    def last_layers(self, cls, patches):
+        """Bottlenecks [T, 256] and [T', 256] to [CLS] logits [T, K] and patch logits [T', K']."""
+        if self.last_layer2 is self.last_layer:
+            return self.last_layer(torch.cat((cls, patches))).split((len(cls), len(patches)))
+        return self.last_layer(cls), self.last_layer2(patches)
+
+    def forward(self, x):
+        """[B, D] to logits [B, K]; [B, 1 + N, D] to ([CLS] logits [B, K], patch logits [B, N, K'])."""
+        z = self.bottleneck(x)
+        if x.ndim == 2:
+            return self.last_layer(z)
+        return self.last_layer(z[:, 0]), self.last_layer2(z[:, 1:])

@@ -1,0 +1,103 @@
+"""Vision transformers for iBOT: timm's `VisionTransformer` plus a mask embedding and token outputs.
+
+Letters: B images, N patch tokens (h x w cells), D width.
+"""
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import nn
+
+
+def resample_positions(pos_embed, height, width):
+    """Position embedding [1, 1 + n*n, D] for a grid of height x width cells: [1, 1 + height*width, D].
+
+    Bicubic without antialiasing, by the scale factors (height + 0.1)/n and (width + 0.1)/n: the extra 0.1 stays in the
+    sampling coordinates. It looks odd, but published weights were trained so (1e-2 in the output).
+    """
+    n = math.isqrt(pos_embed.shape[1] - 1)
+    if (height, width) == (n, n):
+        return pos_embed
+    grid = pos_embed[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
+    grid = F.interpolate(grid, scale_factor=((height + 0.1) / n, (width + 0.1) / n), mode="bicubic",
+                         align_corners=False, recompute_scale_factor=False)
+    if grid.shape[-2:] != (height, width):
+        raise ValueError(f"positions of {n} x {n} cells cannot be resampled to {height} x {width}")
+    return torch.cat((pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+
+class VisionTransformer(TimmVisionTransformer):
+    """ViT whose output is the class token or all tokens, and whose input patches can be masked.
+
+    Args:
+        img_size: side, in pixels, of the images that the position embedding is made for; others are resampled.
+        patch_size: side of a patch in pixels.
+        return_all_tokens: what `forward` returns unless told otherwise.
+        masked_im_modeling: own a `masked_embed` [1, D] that stands in for masked patches (the student).
+    """
+
+    def __init__(self, img_size=224, patch_size=16, drop_path_rate=0.0, return_all_tokens=False,
+                 masked_im_modeling=False, **kwargs):
+        super().__init__(img_size=img_size, patch_size=patch_size, drop_path_rate=drop_path_rate, num_classes=0,
+                         dynamic_img_size=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)
+        self.patch_size = patch_size
+        self.return_all_tokens = return_all_tokens
+        self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
+        nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at 1e-6
+
+    def prepare_tokens(self, x, mask=None):
+        """Images [B, 3, H, W] and masks (bool [B, h, w] or None) to embedded tokens [B, 1 + N, D]."""
+        if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
+            raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels do not divide into patches of {self.patch_size}")
+        x = self.patch_embed.proj(x)  # [B, D, h, w]
+        height, width = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)  # [B, N, D]
+        if mask is not None and self.masked_embed is not None:
+            x = torch.where(mask.flatten(1).unsqueeze(-1), self.masked_embed.to(x.dtype), x)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        return x + resample_positions(self.pos_embed, height, width)
+
+    def forward(self, x, mask=None, return_all_tokens=None):
+        """Normed tokens [B, 1 + N, D], or the class token [B, D]. Without `mask` nothing is masked."""
+        x = self.norm(self.blocks(self.prepare_tokens(x, mask)))
+        return x if (self.return_all_tokens if return_all_tokens is None else return_all_tokens) else x[:, 0]
+
+    def get_intermediate_layers(self, x, n=1, norm=True):
+        """Tokens after each of the last n blocks, shallow to deep: n tensors [B, 1 + N, D], through the final norm."""
+        x, taps = self.prepare_tokens(x), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n:
+                taps.append(self.norm(x) if norm else x)
+        return taps
+
+    def get_last_selfattention(self, x):
+        """Attention of the last block, [B, heads, 1 + N, 1 + N]; rows sum to 1."""
+        x = self.blocks[:-1](self.prepare_tokens(x))
+        attention, x = self.blocks[-1].attn, self.blocks[-1].norm1(x)
+        B, T, _ = x.shape
+        q, k, _ = attention.qkv(x).reshape(B, T, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
+        return (q @ k.transpose(-2, -1) * attention.scale).softmax(dim=-1)
+
+
+def vit_nano(**kwargs):
+    """0.5 M parameters: for demonstrations on a CPU and for tests."""
+    return VisionTransformer(embed_dim=96, depth=4, num_heads=3, **kwargs)
+
+
+def vit_tiny(**kwargs):
+    return VisionTransformer(embed_dim=192, depth=12, num_heads=3, **kwargs)
+
+
+def vit_small(**kwargs):
+    return VisionTransformer(embed_dim=384, depth=12, num_heads=6, **kwargs)
+
+
+def vit_base(**kwargs):
+    return VisionTransformer(embed_dim=768, depth=12, num_heads=12, **kwargs)
+
+
+def vit_large(**kwargs):
+    return VisionTransformer(embed_dim=1024, depth=24, num_heads=16, **kwargs)

@@ -1,0 +1,273 @@
+#!/usr/bin/env bash
+# Starts everything: a first run on digits, the tests, and pre-training and evaluations on one or many nodes.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+usage: ./run.sh quickstart [flags]   pre-train a small ViT on handwritten digits (minutes on a CPU) and evaluate it
+       ./run.sh test [flags]         run the tests; the flags go to pytest
+       ./run.sh TYPE JOB_NAME ARCH KEY GPUS [flags]
+
+TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn:
+            imagenet_pretrain   pre-train on data/imagenet/train
+            imagenet_knn        k-NN accuracy on data/imagenet/{train,val}
+JOB_NAME  results go to work_dirs/JOB_NAME
+ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
+KEY       network to evaluate: teacher, student, or both with a comma
+GPUS      number of processes
+flags     go to pre-training, or to the evaluations when TYPE holds no pre-training; --data_path replaces the default folder
+
+Environment variables:
+  DATA_PATH    folder with train/ and val/ (data/imagenet)         OUTPUT_DIR   folder of the results (work_dirs/JOB_NAME)
+  PRETRAINED   checkpoint to evaluate (OUTPUT_DIR/checkpoint.pth)  AVGPOOL      pooling of k-NN features: 0, 1 or 2 (0)
+  MAX_GPUS     limit of processes per node (8)                     GPUS_PER_NODE  processes per node (GPUS, at most MAX_GPUS)
+  TOTAL_NODES, NODE_ID (1, 0)   nodes; node i evaluates the keys i, i + TOTAL_NODES, ...
+  MASTER_ADDR, MASTER_PORT (127.0.0.1, 29500)   where several nodes meet: the address of node 0
+  PYTHON       interpreter (python3)
+  VENV         environment that quickstart and test use or create (the active one if it has the packages, else .venv)
+  DRY_RUN=1    print the commands, run nothing
+EOF
+}
+
+TASKS="imagenet_pretrain imagenet_knn"
+
+# The table of tasks, a row each; TASKS and the usage list them too.
+#   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it;
+#   sub-folder of the results; flags of this task alone.
+task() {
+    case $1 in
+        imagenet_pretrain) script=main_ibot.py           runs=together data=$imagenet/train folders=''          sub='' fixed=() ;;
+        imagenet_knn)      script=evaluation/eval_knn.py runs=per_key  data=$imagenet       folders="train val" sub='' fixed=(--avgpool_patchtokens "${AVGPOOL:-0}") ;;
+        *) return 1 ;;
+    esac
+}
+
+die() {
+    echo "run.sh: $*" >&2
+    exit 2
+}
+
+# Prints the command, quoted for a shell, and runs it unless DRY_RUN is set.
+run() {
+    local line
+    line=$(printf '%q ' "$@")
+    echo "${line% }"
+    [ "${DRY_RUN:-0}" = 0 ] || return 0
+    "$@"
+}
+
+# Value of the flag $1 among the other arguments (the last one counts); empty when it is not there.
+flag_value() {
+    local flag=$1 value=""
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+            "$flag") value=${2-} ;;
+            "$flag="*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s' "$value"
+}
+
+# check_integer NAME VALUE MINIMUM
+check_integer() {
+    case $2 in
+        '' | *[!0-9]* | 0?*) die "$1 must be an integer from $3 on, not '$2'" ;;
+    esac
+    [ "$2" -ge "$3" ] || die "$1 must be an integer from $3 on, not '$2'"
+}
+
+# ---------------------------------------------------------------- environment of quickstart and test
+
+# Fails, with what is wrong as its output, unless the Python $1 imports all of requirements.txt in sufficient versions.
+has_packages() {
+    "$1" - "$root/requirements.txt" 2>/dev/null <<'EOF'
+import importlib
+import re
+import sys
+
+
+def numbers(version):
+    return [int(n) for n in re.findall(r"\d+", version)[:2]]
+
+
+def lack(what):
+    print(what)
+    sys.exit(1)
+
+
+for line in open(sys.argv[1]):
+    name, least = re.match(r"([\w-]+)>=([\d.]+)", line).groups()
+    try:
+        module = importlib.import_module({"pillow": "PIL", "scikit-learn": "sklearn"}.get(name, name))
+    except Exception:  # a half-finished install can fail in any way
+        lack(f"no {name}")
+    if numbers(module.__version__) < numbers(least):
+        lack(f"{name} {module.__version__}, older than {least}")
+EOF
+}
+
+# Sets `python` to an interpreter with the packages; installs them where there is none yet.
+set_up() {
+    local venv=${VENV:-$root/.venv} lack
+    command -v "$python" >/dev/null || die "no $python here: Python 3.10 or newer is needed (PYTHON names another one)"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "Python 3.10 or newer is needed; $python is $("$python" --version 2>&1) (PYTHON names another one)"
+    if [ -z "${VENV:-}" ]; then
+        lack=$(has_packages "$python") && return
+        echo "$python has $lack; looking in $venv"
+    fi
+    if ! [ -x "$venv/bin/python" ] || ! lack=$(has_packages "$venv/bin/python"); then
+        echo "Installing requirements.txt into $venv: a few GB, this once."
+        "$python" -m venv "$venv" || die "$python -m venv $venv failed (Debian and Ubuntu: apt install python3-venv)"
+        "$venv/bin/python" -m pip install -r "$root/requirements.txt" || die "the packages could not be installed; see above"
+        lack=$(has_packages "$venv/bin/python") || die "$venv still has $lack: remove that folder and start again"
+    fi
+    python=$venv/bin/python
+}
+
+# ---------------------------------------------------------------- quickstart and test
+
+quickstart() {
+    local settings=(
+        --arch vit_nano --patch_size 8 --global_crops_size 32 --local_crops_size 16 --local_crops_number 6
+        --global_crops_scale 0.4 1 --local_crops_scale 0.05 0.4 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2
+        --out_dim 1024 --shared_head true --norm_last_layer false
+        --teacher_temp 0.07 --warmup_teacher_temp_epochs 20
+        --epochs 60 --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 5  # peak rate 0.004 * 64 / 256 = 0.001
+        --num_workers 1 --saveckp_freq 1000
+    )
+    local output
+    output=$(flag_value --output_dir "$@")
+    if [ -z "$(flag_value --data_path "$@")" ]; then
+        run "$python" "${at}analysis/quickstart.py" data --output_dir "${at}data/digits"
+        settings+=(--data_path "${at}data/digits/train")
+    fi
+    if [ -z "$output" ]; then
+        output=${at}work_dirs/quickstart
+        settings+=(--output_dir "$output")
+        # Only the toy's own folder is overwritten, and not when the toy is resumed.
+        [ -n "$(flag_value --load_from "$@")" ] || settings+=(--overwrite true)
+    fi
+    run "$python" "${at}main_ibot.py" "${settings[@]}" "$@"
+    run "$python" "${at}analysis/quickstart.py" report --output_dir "$output"
+}
+
+# ---------------------------------------------------------------- tasks
+
+# Starts the script $1 with the other arguments: on all nodes if the task runs so, else on this one.
+launch() {
+    local place=(--standalone)
+    if [ "$runs" = together ] && [ "$nodes" -gt 1 ]; then
+        place=(--nnodes "$nodes" --node_rank "$node" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+    fi
+    run "$python" -m torch.distributed.run "${place[@]}" --nproc_per_node "$per_node" "$@" || {
+        local code=$?
+        echo "run.sh: $name failed with code $code; nothing after it was run" >&2
+        exit "$code"
+    }
+}
+
+# run_tasks TYPE JOB_NAME ARCH KEY GPUS [flags]
+run_tasks() {
+    local names=() keys=() extra=() flags=() part name i own
+    local script runs data folders sub fixed
+    local imagenet=${DATA_PATH:-${at}data/imagenet}
+
+    local rest=$1+ pretrains=""
+    while [ -n "$rest" ]; do
+        part=${rest%%+*}
+        rest=${rest#*+}
+        task "$part" || die "unknown TYPE '$part'; known: ${TASKS// /, } (joined with +), quickstart, test"
+        if [ "$part" = imagenet_pretrain ]; then pretrains=yes; else names+=("$part"); fi
+    done
+    [ -z "$pretrains" ] || names=(imagenet_pretrain ${names[@]+"${names[@]}"})
+
+    local missing=JOB_NAME,ARCH,KEY,GPUS
+    for i in 2 3 4 5; do
+        [ $# -ge $i ] || die "missing after TYPE: ${missing//,/ }; usage: ./run.sh TYPE JOB_NAME ARCH KEY GPUS [flags]"
+        missing=${missing#*,}
+    done
+    local job=$2 arch=$3 gpus=$5
+    IFS=, read -r -a keys <<<"${4// /}"
+    extra=("${@:6}")
+    if [ -z "$job" ] || [ -z "$arch" ] || [ ${#keys[@]} = 0 ]; then die "JOB_NAME, ARCH and KEY must not be empty"; fi
+    check_integer GPUS "$gpus" 1
+
+    local nodes=${TOTAL_NODES:-1} node=${NODE_ID:-0} most=${MAX_GPUS:-8}
+    check_integer TOTAL_NODES "$nodes" 1
+    check_integer NODE_ID "$node" 0
+    check_integer MAX_GPUS "$most" 1
+    [ "$node" -lt "$nodes" ] || die "NODE_ID $node must be below TOTAL_NODES $nodes"
+    local per_node=${GPUS_PER_NODE:-$((gpus < most ? gpus : most))}
+    check_integer GPUS_PER_NODE "$per_node" 1
+
+    local output=${OUTPUT_DIR:-${at}work_dirs/$job}
+    local checkpoint=${PRETRAINED:-$output/checkpoint.pth}
+    if [ -n "$pretrains" ] && [ "$checkpoint" != "$output/checkpoint.pth" ]; then
+        die "PRETRAINED is $checkpoint, but this command evaluates what it pre-trains: unset it"
+    fi
+    for name in --arch --output_dir --pretrained_weights --checkpoint_key; do
+        [ -z "$(flag_value $name ${extra[@]+"${extra[@]}"})" ] ||
+            die "$name cannot be passed on: ARCH, KEY and the variables OUTPUT_DIR and PRETRAINED set it"
+    done
+
+    # What is missing shows before the first task starts, not days later.
+    if [ "${DRY_RUN:-0}" = 0 ]; then
+        for name in "${names[@]}"; do
+            task "$name"
+            own=""
+            [ -n "$pretrains" ] && [ "$name" != imagenet_pretrain ] || own=$(flag_value --data_path ${extra[@]+"${extra[@]}"})
+            for part in "" $folders; do
+                part=${own:-$data}${part:+/$part}
+                [ -d "$part" ] || die "$name: no folder $part; put the data there, or set DATA_PATH or --data_path"
+            done
+        done
+        [ -n "$pretrains" ] || [ "$checkpoint" = random ] || [ -f "$checkpoint" ] ||
+            die "no checkpoint $checkpoint to evaluate; PRETRAINED names another one"
+    fi
+
+    for name in "${names[@]}"; do
+        task "$name"
+        flags=(--arch "$arch" --output_dir "$output${sub:+/$sub}" ${fixed[@]+"${fixed[@]}"})
+        own=""
+        if [ -z "$pretrains" ] || [ "$name" = imagenet_pretrain ]; then
+            own=$(flag_value --data_path ${extra[@]+"${extra[@]}"})
+            flags+=(${extra[@]+"${extra[@]}"})
+        fi
+        [ -n "$own" ] || flags=(--data_path "$data" "${flags[@]}")
+        if [ "$runs" = together ]; then
+            launch "$at$script" "${flags[@]}"
+        else
+            for ((i = node; i < ${#keys[@]}; i += nodes)); do
+                launch "$at$script" --pretrained_weights "$checkpoint" --checkpoint_key "${keys[$i]}" "${flags[@]}"
+            done
+        fi
+    done
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# Prefix of this repository's files: none where it is the current folder, so that commands and paths stay short.
+if [ "$PWD" -ef "$root" ]; then at=""; else at=$root/; fi
+python=${PYTHON:-python3}
+
+case ${1-} in
+    "") usage >&2; exit 2 ;;
+    -h | --help) usage ;;
+    quickstart)
+        shift
+        for flag in "$@"; do
+            case $flag in -h | --help) usage; exit ;; esac
+        done
+        [ "${DRY_RUN:-0}" != 0 ] || set_up
+        quickstart "$@"
+        ;;
+    test)
+        shift
+        [ "${DRY_RUN:-0}" != 0 ] || set_up
+        cd "$root"
+        run "$python" -m pytest -q tests "$@"
+        ;;
+    *) run_tasks "$@" ;;
+esac

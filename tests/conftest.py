@@ -1,0 +1,38 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """scikit-learn's handwritten digits as an image folder: train/ with 120 and val/ with 41 images of 32 x 32 pixels."""
+    from sklearn.datasets import load_digits
+    root = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for i in range(161):
+        folder = root / ("train" if i < 120 else "val") / str(data.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((data.images[i] * 15).astype(np.uint8)).resize((32, 32)).save(folder / f"{i:04}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Run a script of the repository: call("main_ibot.py", "--flag", value, processes=1) -> CompletedProcess."""
+    def call(script, *words, processes=1, check=True, env=None):
+        python = [sys.executable]
+        if processes > 1:
+            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        result = subprocess.run([*python, script, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                                env={**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else "2", **(env or {})})
+        assert not check or result.returncode == 0, result.stdout + result.stderr
+        return result
+    return call

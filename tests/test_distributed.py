@@ -1,0 +1,106 @@
+"""Two gloo processes with half the batch each do what one process does with the whole batch."""
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+
+import loader
+import main_ibot
+import models
+import utils
+
+
+def steps(rank, world_size, norm, folder):
+    """Three steps on this process's share of fixed batches; process 0 saves losses, centres and parameters."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+
+    def network(**kwargs):
+        backbone = models.vit_nano(patch_size=8, img_size=32, **kwargs)
+        return models.MultiCropWrapper(backbone, models.iBOTHead(96, 32, norm=norm, norm_last_layer=False, shared_head=True))
+    student, teacher = network(masked_im_modeling=True), network().requires_grad_(False)
+    ema = utils.ema_pairs(student, teacher)
+    ddp = nn.parallel.DistributedDataParallel(student) if world_size > 1 else student
+    temps = np.full(1, 0.05)
+    ibot_loss = main_ibot.iBOTLoss(32, 32, temps, temps)
+    # SGD with momentum: Adam would scale the rounding noise of gradients that are zero up to whole steps.
+    optimizer = main_ibot.build_optimizer("sgd", utils.get_params_groups(student), torch.device("cpu"))
+    B, share = 4, 4 // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+    meters = utils.DeviceMeters(("loss", "cls", "patch"))
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        crops = torch.randn(2, B, 3, 32, 32, generator=generator)[:, mine]
+        local = torch.randn(3, B, 3, 16, 16, generator=generator)[:, mine]
+        masks = torch.rand(2, B, 4, 4, generator=generator) < 0.4
+        masks[0, 0] = False
+        masks = masks[:, mine]
+        counts = masks.flatten(2).sum(-1, keepdim=True).clamp(min=1)
+        weight = (1 / counts / (2 * share)).expand(2, share, 16)[masks.flatten(2)]
+        batch = loader.Batch(crops, local, torch.zeros(share), masks, masks.flatten().nonzero().flatten(), weight)
+        losses, _, _ = main_ibot.train_step(batch, ddp, teacher, ema, ibot_loss, optimizer, None, 0, lr=0.1, weight_decay=0.1,
+                                            momentum=0.9, clip_grad=3.0, freeze_last_layer=False)
+        meters.add(*losses.values())
+    rows = meters.read()
+    if rank == 0:
+        torch.save({"losses": torch.tensor([list(r.values()) for r in rows]), **ibot_loss.state_dict(),
+                    **{f"student.{k}": v for k, v in student.state_dict().items()},
+                    **{f"teacher.{k}": v for k, v in teacher.state_dict().items()}}, f"{folder}/{world_size}.pth")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("norm", [None, "bn"])
+def test_two_processes_equal_one(norm, tmp_path):
+    multiprocessing.spawn(steps, (1, norm, str(tmp_path)), nprocs=1)
+    multiprocessing.spawn(steps, (2, norm, str(tmp_path)), nprocs=2)
+    one, two = (utils.load_checkpoint(tmp_path / f"{n}.pth") for n in (1, 2))
+    assert one.keys() == two.keys() and len(one) > 100
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert (one["losses"][0] != one["losses"][2]).all()
+
+
+@pytest.mark.parametrize("launcher", ["run", "launch"])
+def test_launchers(launcher, digits, call, tmp_path):
+    """torchrun and the old launcher, which passes --local-rank; both processes see a half of the data."""
+    words = ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--device", "cpu", "--out_dim", "32",
+             "--patch_out_dim", "32", "--batch_size_per_gpu", "10", "--epochs", "1", "--num_workers", "1",
+             "--data_path", digits / "train", "--output_dir", tmp_path]
+    if launcher == "run":
+        result = call("main_ibot.py", *words, processes=2)
+    else:
+        result = call("-m", f"torch.distributed.{launcher}", "--nproc_per_node=2", "--master_port=29517", "main_ibot.py", *words,
+                      env={"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+    assert "2 process(es)" in result.stdout and "6 steps an epoch" in result.stdout
+    assert result.stdout.count("epoch 0 done") == 1  # only process 0 speaks
+    assert "total batch: 20" in result.stdout
+    assert utils.load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+def test_slurm_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODELIST": "node7",
+                        "SLURM_JOB_ID": "123456"}.items():
+        monkeypatch.setenv(name, value)
+    assert utils._launch_environment() == (5, 8, 1)
+    calls = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: calls.append((backend, kwargs)))
+    process = utils.init_process("cpu")
+    assert process == utils.Process(5, 8, 1, torch.device("cpu"))
+    assert calls == [("gloo", {"init_method": "env://", "world_size": 8, "rank": 5})]
+    import os
+    assert os.environ["MASTER_ADDR"] == "node7" and os.environ["MASTER_PORT"] == str(20000 + 123456 % 20000)
+
+
+def test_one_failing_process_names_itself(digits, call, tmp_path):
+    result = call("main_ibot.py", "--data_path", tmp_path / "missing", "--device", "cpu", processes=2, check=False)
+    assert result.returncode != 0
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: data folder {tmp_path / 'missing'}: No such file or directory"]
+
+

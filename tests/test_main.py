@@ -1,0 +1,383 @@
+"""Pre-training from the command line: it runs, resumes, writes what it should, and refuses what it cannot use."""
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import loader
+import main_ibot
+import models
+import utils
+
+TINY = ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_size", "16", "--device", "cpu",
+        "--local_crops_number", "2", "--out_dim", "64", "--patch_out_dim", "64", "--batch_size_per_gpu", "16", "--epochs", "2",
+        "--num_workers", "0", "--print_freq", "3", "--pred_ratio", "0", "0.3", "--pred_ratio_var", "0", "0.2", "--lr", "0.01"]
+
+
+def parse(*words):
+    return main_ibot.get_args_parser().parse_args([*TINY, *map(str, words)])
+
+
+def train(*words):
+    main_ibot.train_ibot(parse(*words))
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def tensors(checkpoint):
+    return {f"{key}.{name}": v for key in ("student", "teacher", "ibot_loss") for name, v in checkpoint[key].items()}
+
+
+def test_defaults_are_the_references():
+    args = vars(main_ibot.get_args_parser().parse_args([]))
+    expected = dict(
+        arch="vit_small", patch_size=16, window_size=7, out_dim=8192, patch_out_dim=8192, shared_head=False,
+        shared_head_teacher=True, norm_last_layer=True, momentum_teacher=0.996, norm_in_head=None, act_in_head="gelu",
+        use_masked_im_modeling=True, pred_ratio=[0.3], pred_ratio_var=[0], pred_shape="block", pred_start_epoch=0, lambda1=1,
+        lambda2=1, warmup_teacher_temp=0.04, teacher_temp=0.04, warmup_teacher_patch_temp=0.04, teacher_patch_temp=0.07,
+        warmup_teacher_temp_epochs=30, use_fp16=True, weight_decay=0.04, weight_decay_end=0.4, clip_grad=3.0,
+        batch_size_per_gpu=128, epochs=100, freeze_last_layer=1, lr=0.0005, warmup_epochs=10, min_lr=1e-6, optimizer="adamw",
+        load_from=None, global_crops_number=2, global_crops_scale=[0.14, 1.0], local_crops_number=0,
+        local_crops_scale=[0.05, 0.4], output_dir=".", saveckp_freq=40, seed=0, num_workers=10, dist_url="env://", local_rank=0)
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_run_from_the_command_line(digits, call, tmp_path):
+    """Two epochs by `python main_ibot.py`: log, events and checkpoint parse; the reference's layout; then resume."""
+    out = tmp_path / "run"
+    result = call("main_ibot.py", *TINY, "--data_path", digits / "train", "--output_dir", out, "--num_workers", "2",
+                  "--warmup_epochs", "30", "--saveckp_freq", "1", "--shared_head", "true")
+    assert "warning: --warmup_epochs 30 does not fit into 2 epochs; shortened to 2" in result.stdout
+    for word in ("commit:", "versions:", "device: cpu", "peak learning rate", "images/s", "eta", "MiB"):
+        assert word in result.stdout
+    lines = log(out)
+    assert [line["epoch"] for line in lines] == [0, 1]
+    meters = ("loss", "cls", "patch", "lr", "wd", "acc", "nmi", "ari", "fscore", "adjacc")
+    assert all(np.isfinite(line[f"train_{name}"]) for line in lines for name in meters)
+
+    events = EventAccumulator(str(out / "tf_logs"))
+    events.Reload()
+    assert len(events.Scalars("step/loss")) == 14 and len(events.Scalars("epoch/loss")) == 2  # 120 // 16 steps an epoch
+    assert abs(np.mean([e.value for e in events.Scalars("step/loss")[:7]]) - lines[0]["train_loss"]) < 1e-4
+
+    checkpoint = utils.load_checkpoint(out / "checkpoint.pth")
+    assert checkpoint.keys() == {"student", "teacher", "optimizer", "epoch", "args", "ibot_loss"}
+    assert checkpoint["epoch"] == 2 and isinstance(checkpoint["args"], argparse.Namespace) and checkpoint["args"].arch == "vit_nano"
+    assert all(name.startswith(("module.backbone.", "module.head.")) for name in checkpoint["student"])
+    assert all(name.startswith(("backbone.", "head.")) for name in checkpoint["teacher"])
+    assert "module.backbone.masked_embed" in checkpoint["student"] and "backbone.masked_embed" not in checkpoint["teacher"]
+    assert checkpoint["ibot_loss"].keys() == {"center", "center2"}
+    assert sorted(p.name for p in out.glob("*.pth")) == ["checkpoint.pth", "checkpoint0001.pth"]
+    assert not list(out.glob(".*"))  # no temporary file stays
+
+    again = call("main_ibot.py", *TINY, "--data_path", digits / "train", "--output_dir", out, check=False)
+    assert again.returncode == 1 and again.stderr.count("\n") == 1
+    assert "already holds a run" in again.stderr and "--load_from checkpoint.pth" in again.stderr and "--overwrite true" in again.stderr
+
+
+def test_resume_equals_uninterrupted(digits, tmp_path):
+    """Stop after one epoch of three and resume: the same losses and weights as without the stop."""
+    flags = ["--data_path", digits / "train", "--epochs", 3, "--shared_head", "true", "--drop_path", "0.2"]
+    train(*flags, "--output_dir", tmp_path / "whole", "--saveckp_freq", 1)
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "checkpoint.pth").write_bytes((tmp_path / "whole/checkpoint0001.pth").read_bytes())
+    train(*flags, "--output_dir", part, "--load_from", "checkpoint.pth")
+    assert [line["epoch"] for line in log(part)] == [2]
+    assert log(part)[0]["train_loss"] == log(tmp_path / "whole")[2]["train_loss"]
+    whole, resumed = (tensors(utils.load_checkpoint(f / "checkpoint.pth")) for f in (tmp_path / "whole", part))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_runs_are_reproducible_and_seeds_differ(digits, tmp_path):
+    flags = ["--data_path", digits / "train", "--epochs", 1, "--shared_head", "true"]
+    for name, extra in (("a", []), ("b", ["--num_workers", 2]), ("c", ["--seed", 1])):
+        train(*flags, "--output_dir", tmp_path / name, *extra)
+    loss = {name: log(tmp_path / name)[0]["train_loss"] for name in "abc"}
+    assert loss["a"] == loss["b"] != loss["c"]
+
+
+def test_reference_checkpoint_resumes(digits, tmp_path):
+    """A file as the reference writes it: no fused flag, integer steps, an argparse.Namespace, the teacher unwrapped."""
+    flags = ["--data_path", digits / "train", "--shared_head", "true", "--output_dir", tmp_path]
+    train(*flags, "--epochs", 1)
+    path = tmp_path / "checkpoint.pth"
+    checkpoint = utils.load_checkpoint(path)
+    assert "module.head.last_layer2.weight_v" in checkpoint["student"]
+    for group in checkpoint["optimizer"]["param_groups"]:
+        for key in ("fused", "foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay"):
+            group.pop(key, None)
+    for state in checkpoint["optimizer"]["state"].values():
+        state["step"] = int(state["step"])
+    checkpoint["args"] = argparse.Namespace(arch="vit_nano", gpu=0, dist_backend="nccl")
+    checkpoint["fp16_scaler"] = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+    torch.save(checkpoint, path)
+    train(*flags, "--epochs", 2, "--load_from", "checkpoint.pth")
+    assert utils.load_checkpoint(path)["epoch"] == 2
+
+
+def test_finished_run_says_so(digits, tmp_path, capsys):
+    train("--data_path", digits / "train", "--output_dir", tmp_path, "--epochs", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    train("--data_path", digits / "train", "--output_dir", tmp_path, "--epochs", 1, "--load_from", "checkpoint.pth")
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+VARIANTS = [
+    ["--shared_head", "true", "--norm_last_layer", "false"],
+    ["--shared_head", "false", "--shared_head_teacher", "false", "--patch_out_dim", "32"],
+    ["--shared_head", "false", "--shared_head_teacher", "true"],
+    ["--shared_head", "true", "--shared_head_teacher", "false", "--pred_shape", "rand"],
+    ["--norm_in_head", "bn", "--act_in_head", "relu"],
+    ["--norm_in_head", "syncbn", "--optimizer", "sgd"],
+    ["--norm_in_head", "ln", "--optimizer", "lars"],
+    ["--use_masked_im_modeling", "false", "--clip_grad", "0"],
+    ["--lambda1", "0"],
+    ["--lambda2", "0"],
+    ["--global_crops_number", "3", "--local_crops_number", "0"],
+    ["--amp_dtype", "bfloat16", "--patch_targets", "hard"],
+    ["--amp_dtype", "float16", "--patch_centering", "false"],
+    ["--pred_start_epoch", "1", "--pred_ratio", "0.3", "--pred_ratio_var", "0.1"],
+]
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
+def test_variants_run(flags, digits, tmp_path):
+    """Every head variant, optimiser, mask shape, precision and ablation trains, saves and loads."""
+    run = ["--data_path", digits / "train", "--output_dir", tmp_path, "--batch_size_per_gpu", 40, *flags]
+    train(*run, "--epochs", 1)
+    checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    assert ("fp16_scaler" in checkpoint) == ("float16" in flags)
+    assert any(name.startswith("module.") for name in checkpoint["teacher"]) == ("bn" in " ".join(flags))
+    line = log(tmp_path)[0]
+    assert (line["train_patch"] == 0) == (flags[:2] == ["--lambda2", "0"] or flags[0] == "--pred_start_epoch")
+    train(*run, "--epochs", 2, "--load_from", "checkpoint.pth")
+    last = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    assert all(v.isfinite().all() for v in tensors(last).values())
+    assert any(not torch.equal(v, last["teacher"][name]) for name, v in checkpoint["teacher"].items())
+
+
+@pytest.mark.parametrize("arch", models.ARCHS)
+def test_every_arch_takes_a_step(arch):
+    """Two steps on random crops with masks and local crops, through the whole of the step; no K-wide cost."""
+    swin, large = arch.startswith("swin"), arch.endswith(("base", "large"))
+    args = parse("--arch", arch, "--patch_size", 16, "--global_crops_size", 64, "--out_dim", 32, "--shared_head", "true")
+    student, teacher = main_ibot.build_networks(args)
+    assert any(m.drop_prob > 0 for m in student.modules() if hasattr(m, "drop_prob"))
+    assert not any(m.drop_prob > 0 for m in teacher.modules() if hasattr(m, "drop_prob"))
+    cells = 64 // models.mask_cell(arch, 16)
+    masks = torch.zeros(2, 2, cells, cells, dtype=torch.bool)
+    masks[:, 0, 0] = True
+    index = masks.flatten().nonzero().flatten()
+    batch = loader.Batch(torch.randn(2, 2, 3, 64, 64), torch.randn(1, 2, 3, 32, 32), torch.zeros(2), masks, index,
+                         torch.full((len(index),), 1 / (4 * cells)))
+    temps = np.full(1, 0.05)
+    ibot_loss = main_ibot.iBOTLoss(32, 32, temps, temps)
+    optimizer = main_ibot.build_optimizer("sgd" if large else "adamw", utils.get_params_groups(student), torch.device("cpu"))
+    embed = student.backbone.masked_embed
+    for _ in range(1 if large else 2):
+        losses, _, _ = main_ibot.train_step(batch, student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None, 0,
+                                            lr=0.1, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=True)
+    assert all(torch.isfinite(v) and v > 0 for v in losses.values())
+    assert embed.any() and embed.shape == (1, {"t": 96, "s": 96, "b": 128, "l": 192}[arch[5]] if swin else student.backbone.embed_dim)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 14, 16])
+def test_patch_and_crop_sizes(patch):
+    """Any size the patch divides, rectangles too; others are refused by name."""
+    model = models.vit_nano(patch_size=patch, img_size=4 * patch).eval()
+    for h, w in ((4, 4), (2, 2), (7, 7), (3, 5), (9, 2)):
+        assert model(torch.randn(1, 3, h * patch, w * patch), return_all_tokens=True).shape == (1, 1 + h * w, 96)
+    with pytest.raises(ValueError, match="do not divide"):
+        model(torch.randn(1, 3, 4 * patch + 1, 4 * patch))
+
+
+def test_attention_and_intermediate_layers():
+    torch.manual_seed(0)
+    model = models.vit_nano(patch_size=8, img_size=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        seen = {}
+        model.blocks[-1].attn.qkv.register_forward_hook(lambda m, i, out: seen.update(qkv=out))
+        model.blocks[-1].attn.proj.register_forward_hook(lambda m, i, out: seen.update(value=i[0]))
+        tokens = model(x, return_all_tokens=True)
+        attention = model.get_last_selfattention(x)
+        assert attention.shape == (2, 3, 17, 17) and torch.allclose(attention.sum(-1), torch.ones(2, 3, 17))
+        value = seen["qkv"].view(2, 17, 3, 3, 32)[:, :, 2].transpose(1, 2)  # [B, heads, T, d]
+        model(x)
+        assert torch.allclose((attention @ value).transpose(1, 2).reshape(2, 17, 96), seen["value"], atol=1e-5)
+        layers = model.get_intermediate_layers(x, 3)
+        assert len(layers) == 3 and torch.allclose(layers[-1], tokens) and torch.equal(model(x), tokens[:, 0])
+        x1 = model.blocks[:3](model.prepare_tokens(x))
+        assert torch.allclose(layers[1], model.norm(x1))
+        assert torch.allclose(model.get_intermediate_layers(x, 2, norm=False)[0], x1)
+
+
+def test_swin_taps_and_mean_token():
+    torch.manual_seed(0)
+    model = models.swin_tiny().eval()
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        tokens = model(x, return_all_tokens=True)
+        assert tokens.shape == (1, 1 + 9, 768) and model.embed_dim == model.num_features == 768
+        assert torch.allclose(tokens[:, 0], tokens[:, 1:].mean(1), atol=1e-6) and torch.allclose(model(x), tokens[:, 0], atol=1e-6)
+        taps = model.get_intermediate_layers(x, 4)
+        assert [t.shape[1:] for t in taps] == [(37, 384), (37, 384), (10, 768), (10, 768)]
+        assert torch.allclose(taps[-1], tokens, atol=1e-6)
+
+
+def test_masks_replace_patch_embeddings():
+    """A masked cell's output does not depend on its pixels, and without `mask` nothing is masked."""
+    torch.manual_seed(0)
+    for model, size, cells in ((models.vit_nano(patch_size=8, img_size=32, masked_im_modeling=True), 32, 4),
+                               (models.swin_tiny(masked_im_modeling=True), 64, 2)):
+        model.eval()
+        model.masked_embed.data.normal_()
+        x, mask = torch.randn(1, 3, size, size), torch.zeros(1, cells, cells, dtype=torch.bool)
+        mask[0, 0, 1] = True
+        other = x.clone()
+        other[:, :, :size // cells, size // cells:2 * size // cells] = 0
+        with torch.no_grad():
+            assert torch.equal(model(x, mask), model(other, mask)) and not torch.equal(model(x), model(other))
+            assert not torch.equal(model(x, mask), model(x))
+            assert torch.equal(model(x, torch.zeros_like(mask)), model(x))
+
+
+# ---------------------------------------------------------------- bad input
+
+BAD = {
+    "no data path": ([], "--data_path is missing"),
+    "missing folder": (["--data_path", "nowhere"], "nowhere"),
+    "patch does not divide": (["--patch_size", "7"], "--global_crops_size 32 is not a multiple of 7"),
+    "local patch does not divide": (["--local_crops_size", "20"], "--local_crops_size 20"),
+    "ratio below variance": (["--pred_ratio", "0.1", "--pred_ratio_var", "0.2"], "--pred_ratio 0.1 is below its --pred_ratio_var 0.2"),
+    "lists of different lengths": (["--pred_ratio", "0", "0.3", "0.4", "--pred_ratio_var", "0", "0.2"], "--pred_ratio has 3 values"),
+    "missing checkpoint": (["--load_from", "none.pth"], "none.pth does not exist"),
+    "one crop": (["--global_crops_number", "1", "--local_crops_number", "0"], "two crops"),
+    "heads that do not match": (["--patch_out_dim", "7"], "--patch_out_dim"),
+    "batch larger than the data": (["--batch_size_per_gpu", "4096"], "fewer than one batch of 4096"),
+    "zero epochs": (["--epochs", "0"], "--epochs"),
+    "crop scale": (["--local_crops_scale", "0.5", "0.2"], "--local_crops_scale"),
+    "no loss": (["--lambda1", "0", "--lambda2", "0"], "no loss"),
+    "cuda without a GPU": (["--device", "cuda"], "no CUDA"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, digits, tmp_path):
+    flags, words = BAD[name]
+    if name == "cuda without a GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    data = [] if name == "no data path" else ["--data_path", digits / "train"]
+    with pytest.raises(utils.InputError) as error:
+        train(*data, "--output_dir", tmp_path / "out", *flags)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, word", [(["--arch", "vit_smal"], "--arch"), (["--epoch", "3"], "--epoch"), (["--use_fp16", "maybe"], "true or false")])
+def test_mistyped_flags(flags, word, call):
+    result = call("main_ibot.py", *flags, check=False)
+    assert result.returncode == 2 and word in result.stderr
+
+
+def test_foreign_checkpoints_are_refused(digits, tmp_path):
+    flags = ["--data_path", digits / "train", "--output_dir", tmp_path]
+    train(*flags, "--epochs", 1)
+    good = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+
+    def refused(name, content, words, *extra):
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            torch.save(content, tmp_path / name)
+        with pytest.raises(utils.InputError) as error:
+            train(*flags, "--load_from", name, *extra)
+        assert words in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+    refused("text.pth", b"hello", "cannot be read safely")
+    refused("half.pth", (tmp_path / "checkpoint.pth").read_bytes()[:5000], "cannot be read safely")
+    refused("code.pth", {"student": print}, "cannot be read safely")
+    refused("list.pth", [1, 2], "holds a list")
+    refused("backbone.pth", {"state_dict": {}}, "lacks student, teacher")
+    refused("arch.pth", good, "missing", "--arch", "swin_tiny", "--patch_size", "4", "--local_crops_size", "32")
+    refused("out.pth", good, "of another shape", "--out_dim", "32", "--patch_out_dim", "32")
+    less = copy.deepcopy(good)
+    del less["student"]["module.backbone.norm.weight"]
+    refused("less.pth", less, "backbone.norm.weight")
+    refused("sgd.pth", good, "is not that of SGD", "--optimizer", "sgd")
+
+
+def test_unreadable_images(digits, tmp_path, capsys, call):
+    import shutil
+    data = tmp_path / "data"
+    shutil.copytree(digits / "train", data)
+    broken = sorted(data.rglob("*.png"))[5]
+    broken.write_bytes(b"no image")
+    train("--data_path", data, "--output_dir", tmp_path / "out", "--epochs", 1)
+    assert f"skipped 1 unreadable images so far; the first: {broken}" in capsys.readouterr().out
+    result = call("main_ibot.py", *TINY, "--data_path", data, "--output_dir", tmp_path / "strict", "--on_bad_image", "error",
+                  "--num_workers", 2, check=False)
+    assert result.returncode == 1 and str(broken) in result.stderr.splitlines()[-1] and result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_odd_images_train(tmp_path):
+    folder = tmp_path / "data/all"
+    folder.mkdir(parents=True)
+    for i, mode in enumerate(("L", "P", "CMYK", "RGBA", "LA", "1", "I;16", "RGB")):
+        size = (1, 1) if i == 7 else (20 + i, 30)
+        image = Image.new(mode, size, 1) if mode in ("P", "1", "I;16", "L") else Image.new(mode, size)
+        image.save(folder / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
+    train("--data_path", folder.parent, "--output_dir", tmp_path / "out", "--epochs", 1, "--batch_size_per_gpu", 4)
+    assert len(log(tmp_path / "out")) == 1
+
+
+def test_non_finite_loss_stops(digits, tmp_path, monkeypatch):
+    """The step is named, and the checkpoint of the epoch before is as it was."""
+    flags = ["--data_path", digits / "train", "--output_dir", tmp_path]
+    train(*flags, "--epochs", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    step, calls = main_ibot.train_step, []
+
+    def poisoned(batch, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            batch.global_crops.fill_(float("nan"))
+        return step(batch, *args, **kwargs)
+    monkeypatch.setattr(main_ibot, "train_step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 11 \(epoch 1\): cls nan, patch nan, learning rate"):
+        train(*flags, "--epochs", 3, "--load_from", "checkpoint.pth")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert len(log(tmp_path)) == 1
+
+
+def test_save_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    utils.save_atomically({"a": 1}, path)
+
+    def fails(obj, file):
+        file.write(b"half")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match="disk full"):
+        utils.save_atomically({"a": 2}, path)
+    monkeypatch.undo()
+    assert utils.load_checkpoint(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_overwrite_starts_over(digits, tmp_path):
+    flags = ["--data_path", digits / "train", "--output_dir", tmp_path]
+    train(*flags, "--epochs", 2, "--saveckp_freq", 1)
+    (tmp_path / "notes.md").write_text("keep me")
+    train(*flags, "--epochs", 1, "--overwrite", "true")
+    assert len(log(tmp_path)) == 1 and not (tmp_path / "checkpoint0001.pth").exists()
+    assert Path(tmp_path / "notes.md").read_text() == "keep me"

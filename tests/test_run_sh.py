@@ -1,0 +1,216 @@
+"""run.sh: the commands that it would start, and how it ends when something is wrong. No task really runs."""
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = ["python3", "-m", "torch.distributed.run"]
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A folder with nothing but run.sh in it."""
+    shutil.copy(Path(__file__).resolve().parent.parent / "run.sh", tmp_path)
+    return tmp_path
+
+
+def call(repository, *words, cwd=None, path=None, **variables):
+    """Run run.sh in an environment that holds `variables` only; `path` goes in front of PATH."""
+    search = f"{path}:{os.environ['PATH']}" if path else os.environ["PATH"]
+    return subprocess.run(["bash", str(repository / "run.sh"), *map(str, words)], cwd=cwd or repository, text=True,
+                          capture_output=True, timeout=60, env={"PATH": search, "HOME": str(repository), **variables})
+
+
+def commands(repository, *words, **variables):
+    """The commands that DRY_RUN prints, as lists of words."""
+    result = call(repository, *words, DRY_RUN="1", **variables)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def flag(command, name):
+    return command[command.index(name) + 1]
+
+
+def error(result):
+    """The one line that a refused call ends with."""
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert not result.stdout
+    return result.stderr
+
+
+# ---------------------------------------------------------------- commands
+
+def test_pretraining(repository):
+    [command] = commands(repository, "imagenet_pretrain", "job", "vit_small", "teacher", 4, "--epochs", 3)
+    assert command == [*LAUNCH, "--standalone", "--nproc_per_node", "4", "main_ibot.py",
+                       "--data_path", "data/imagenet/train", "--arch", "vit_small", "--output_dir", "work_dirs/job",
+                       "--epochs", "3"]
+
+
+def test_joined_with_two_keys(repository):
+    pretrain, teacher, student = commands(repository, "imagenet_pretrain+imagenet_knn", "job", "swin_tiny",
+                                          "teacher,student", 16, "--epochs", 3, DATA_PATH="/my data")
+    assert "main_ibot.py" in pretrain and flag(pretrain, "--epochs") == "3"
+    assert flag(pretrain, "--data_path") == "/my data/train"
+    assert flag(pretrain, "--nproc_per_node") == "8"
+    for key, command in (("teacher", teacher), ("student", student)):
+        assert command == [*LAUNCH, "--standalone", "--nproc_per_node", "8", "evaluation/eval_knn.py",
+                           "--pretrained_weights", "work_dirs/job/checkpoint.pth", "--checkpoint_key", key,
+                           "--data_path", "/my data", "--arch", "swin_tiny", "--output_dir", "work_dirs/job",
+                           "--avgpool_patchtokens", "0"]
+
+
+def test_pretraining_comes_first_whatever_the_order(repository):
+    first, second = commands(repository, "imagenet_knn+imagenet_pretrain", "job", "vit_small", "teacher", 1)
+    assert "main_ibot.py" in first and "evaluation/eval_knn.py" in second
+
+
+def test_evaluation_alone_takes_flags_and_variables(repository):
+    [command] = commands(repository, "imagenet_knn", "job", "vit_base", "student", 1, "--nb_knn", 5, "it's",
+                         "--data_path=d", PRETRAINED="a b.pth", OUTPUT_DIR="out", AVGPOOL="2")
+    assert command[-3:] == ["5", "it's", "--data_path=d"]
+    assert "--data_path" not in command  # the user's own replaces the default
+    assert flag(command, "--pretrained_weights") == "a b.pth"
+    assert flag(command, "--output_dir") == "out"
+    assert flag(command, "--avgpool_patchtokens") == "2"
+
+
+def test_processes_per_node(repository):
+    def processes(gpus, **variables):
+        [command] = commands(repository, "imagenet_pretrain", "job", "vit_small", "teacher", gpus, **variables)
+        return flag(command, "--nproc_per_node")
+
+    assert processes(3) == "3"
+    assert processes(16) == "8"
+    assert processes(16, MAX_GPUS="4") == "4"
+    assert processes(16, GPUS_PER_NODE="2") == "2"
+
+
+def test_several_nodes(repository):
+    def on_node(node):
+        return commands(repository, "imagenet_pretrain+imagenet_knn", "job", "vit_small", "a,b,c", 16, TOTAL_NODES="2",
+                        NODE_ID=node, MASTER_ADDR="host", MASTER_PORT="1234")
+
+    for node, keys in (("0", ["a", "c"]), ("1", ["b"])):
+        pretrain, *evaluations = on_node(node)
+        assert pretrain[3:14] == ["--nnodes", "2", "--node_rank", node, "--master_addr", "host", "--master_port",
+                                  "1234", "--nproc_per_node", "8", "main_ibot.py"]
+        # Nodes evaluate by themselves: waiting for the others, which have other keys, would never end.
+        assert all("--standalone" in command and "--nnodes" not in command for command in evaluations)
+        assert [flag(command, "--checkpoint_key") for command in evaluations] == keys
+
+
+def test_called_from_another_folder(repository, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    [command] = commands(repository, "imagenet_knn", "job", "vit_small", "teacher", 1, cwd=elsewhere)
+    assert str(repository / "evaluation/eval_knn.py") in command
+    assert flag(command, "--data_path") == str(repository / "data/imagenet")
+    assert flag(command, "--pretrained_weights") == str(repository / "work_dirs/job/checkpoint.pth")
+
+
+def test_quickstart(repository):
+    data, train, report = commands(repository, "quickstart", "--epochs", 2)
+    assert data == ["python3", "analysis/quickstart.py", "data", "--output_dir", "data/digits"]
+    assert train[:2] == ["python3", "main_ibot.py"] and train[-2:] == ["--epochs", "2"]
+    assert flag(train, "--data_path") == "data/digits/train"
+    assert flag(train, "--output_dir") == "work_dirs/quickstart" and flag(train, "--overwrite") == "true"
+    assert report == ["python3", "analysis/quickstart.py", "report", "--output_dir", "work_dirs/quickstart"]
+
+
+def test_quickstart_on_own_images(repository):
+    train, report = commands(repository, "quickstart", "--data_path", "mine", "--output_dir=out")
+    assert train[-3:] == ["--data_path", "mine", "--output_dir=out"]
+    assert train.count("--data_path") == 1 and "--output_dir" not in train
+    assert "--overwrite" not in train  # what is in the user's own folder is not ours to delete
+    assert report[-1] == "out"
+
+
+def test_quickstart_resumed_keeps_what_is_there(repository):
+    _, train, _ = commands(repository, "quickstart", "--load_from", "checkpoint.pth")
+    assert "--overwrite" not in train
+
+
+def test_test(repository):
+    assert commands(repository, "test", "-k", "a or b") == [["python3", "-m", "pytest", "-q", "tests", "-k", "a or b"]]
+
+
+# ---------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("kind", ["foo", "imagenet_knn+foo", "imagenet_knn_", "imagenet_pretrain+", "imagenet"])
+def test_unknown_type(repository, kind):
+    line = error(call(repository, kind, "job", "vit_small", "teacher", 1))
+    assert f"unknown TYPE '{kind.split('+')[-1]}'" in line
+    assert all(known in line for known in ("quickstart", "test", "imagenet_pretrain", "imagenet_knn"))
+
+
+def test_missing_arguments_are_named(repository):
+    assert "missing after TYPE: JOB_NAME ARCH KEY GPUS;" in error(call(repository, "imagenet_knn"))
+    assert "missing after TYPE: KEY GPUS;" in error(call(repository, "imagenet_knn", "job", "vit_small"))
+
+
+@pytest.mark.parametrize("words, variables, expected", [
+    (("vit_small", "teacher", "all"), {}, "GPUS must be"),
+    (("vit_small", "teacher", "0"), {}, "GPUS must be"),
+    (("vit_small", "", "1"), {}, "KEY"),
+    (("vit_small", "teacher", "1"), {"TOTAL_NODES": "2", "NODE_ID": "2"}, "NODE_ID 2"),
+    (("vit_small", "teacher", "1", "--output_dir", "x"), {}, "--output_dir cannot be passed on"),
+    (("vit_small", "teacher", "1"), {"PRETRAINED": "old.pth"}, "PRETRAINED is old.pth"),
+])
+def test_bad_values(repository, words, variables, expected):
+    assert expected in error(call(repository, "imagenet_pretrain", "job", *words, DRY_RUN="1", **variables))
+
+
+def test_missing_data_of_any_task_shows_before_the_first_starts(repository):
+    (repository / "data/imagenet/train").mkdir(parents=True)
+    assert "imagenet_knn: no folder data/imagenet/val" in error(
+        call(repository, "imagenet_pretrain+imagenet_knn", "job", "vit_small", "teacher", 1))
+    assert "imagenet_pretrain: no folder nowhere;" in error(
+        call(repository, "imagenet_pretrain", "job", "vit_small", "teacher", 1, "--data_path", "nowhere"))
+
+
+def test_missing_checkpoint(repository):
+    for part in ("train", "val"):
+        (repository / "data/imagenet" / part).mkdir(parents=True)
+    assert "no checkpoint work_dirs/job/checkpoint.pth" in error(
+        call(repository, "imagenet_knn", "job", "vit_small", "teacher", 1))
+
+
+def test_no_arguments_and_help(repository):
+    assert call(repository).returncode == 2
+    for words in (["--help"], ["quickstart", "--help"]):
+        result = call(repository, *words)
+        assert result.returncode == 0 and "imagenet_knn" in result.stdout and "MASTER_ADDR" in result.stdout
+
+
+# ---------------------------------------------------------------- failures
+
+def fake_python(folder, code):
+    """Put a python3 into `folder` that notes its arguments in `folder`/calls and exits with `code`."""
+    folder.mkdir()
+    file = folder / "python3"
+    file.write_text(f'#!/bin/sh\necho "$*" >> "{folder}/calls"\nexit {code}\n')
+    file.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("code, started", [(7, 1), (0, 3)])
+def test_failed_pretraining_starts_no_evaluation(repository, code, started):
+    for part in ("train", "val"):
+        (repository / "data/imagenet" / part).mkdir(parents=True)
+    path = fake_python(repository / "bin", code)
+    result = call(repository, "imagenet_pretrain+imagenet_knn", "job", "vit_small", "teacher,student", 1, path=path)
+    assert result.returncode == code
+    calls = (path / "calls").read_text().splitlines()
+    assert len(calls) == started and "main_ibot.py" in calls[0]
+    if code:
+        assert "imagenet_pretrain failed with code 7" in result.stderr
+
+
+def test_python_too_old(repository):
+    path = fake_python(repository / "bin", 1)
+    assert "Python 3.10 or newer is needed" in error(call(repository, "quickstart", path=path))

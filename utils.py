@@ -1,0 +1,438 @@
+"""What every script shares: processes, checkpoints, schedules, parameter groups, clipping, EMA, LARS and log lines.
+
+Letters in shape comments: B images per process, G global crops, L local crops, N patch tokens, D width, K outputs, W processes.
+"""
+import argparse
+import datetime
+import os
+import pickle
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one line that names the file, flag or key."""
+
+
+def run(main):
+    """Call `main()`; an `InputError`, or a `FloatingPointError` of the loss, becomes one line on stderr and exit code 1."""
+    try:
+        main()
+    except (InputError, FloatingPointError) as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def one_line(error):
+    """Message of an error; out of a loader worker it comes wrapped in a traceback, as the last line, after its class."""
+    return re.sub(r"^(\w+\.)+\w+(Error|Image): ", "", str(error).strip().splitlines()[-1])
+
+
+def bool_flag(text):
+    """argparse type for `true/false`, `on/off`, `1/0` in any case."""
+    word = text.lower()
+    if word in ("true", "on", "1"):
+        return True
+    if word in ("false", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+# ---------------------------------------------------------------- processes
+
+@dataclass(frozen=True)
+class Process:
+    """Where this process stands: its rank among `world_size`, its place on the node and its device."""
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+def _launch_environment():
+    """(rank, world_size, local_rank) as torchrun, torch.distributed.launch or Slurm announce them; alone otherwise."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in env:
+        # SLURM_NTASKS is also set in a batch script outside srun; the step's own count is not.
+        tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+        return int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+def _set_slurm_rendezvous():
+    """`env://` needs MASTER_ADDR and MASTER_PORT, which srun does not set: first host of the step, port by job id."""
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
+        if "[" in nodes or "," in nodes:
+            listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+            nodes = listing.stdout.split()[0]
+        os.environ["MASTER_ADDR"] = nodes
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def choose_device(name, local_rank=0):
+    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: no CUDA device is available here")
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"local process {local_rank} has no GPU of its own: this machine has "
+                             f"{torch.cuda.device_count()}; start fewer processes per node")
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: not available here")
+    return torch.device(name)
+
+
+def init_process(device="auto", dist_url="env://"):
+    """Join the process group of the launcher, if there is one: NCCL on GPUs, gloo elsewhere. Returns a `Process`.
+
+    A run of one process makes no group. `print` is left alone; use `is_main_process()`.
+    """
+    rank, world_size, local_rank = _launch_environment()
+    device = choose_device(device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        if device.type == "mps":
+            raise InputError("several processes on --device mps are not supported; use one process or --device cpu")
+        if dist_url == "env://" and "RANK" not in os.environ:
+            _set_slurm_rendezvous()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url,
+                                world_size=world_size, rank=rank)
+    return Process(rank, world_size, local_rank, device)
+
+
+def get_world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def get_rank():
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_main_process():
+    return get_rank() == 0
+
+
+def all_reduce_mean(tensor):
+    """Mean of `tensor` over the processes (in place where there are several)."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= get_world_size()
+    return tensor
+
+
+def gather_variable(tensor):
+    """Concatenate 1-D tensors of differing lengths from all processes."""
+    if get_world_size() == 1:
+        return tensor
+    lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
+    longest = max(int(n) for n in lengths)
+    padded = tensor.new_zeros(longest)
+    padded[:len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:int(n)] for part, n in zip(parts, lengths, strict=True)])
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def load_checkpoint(path):
+    """Read a `.safetensors` or a `torch.save` file without running any code in it.
+
+    The one class allowed beside tensors and plain containers is `argparse.Namespace`, which the reference stores.
+    Raises InputError, naming the file, when it is missing, broken or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path}: no such file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"checkpoint {path}: not a safetensors file ({_first_line(error)})") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError,
+            IndexError) as error:
+        raise InputError(f"checkpoint {path}: cannot be read safely ({_first_line(error)})") from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a dictionary")
+    return checkpoint
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def save_atomically(obj, path):
+    """`torch.save` to a temporary file in the same folder, synced, then renamed: no reader ever sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def without_prefix(state_dict, prefix):
+    """`state_dict` with `prefix` taken off the names that begin with it."""
+    return {name.removeprefix(prefix): value for name, value in state_dict.items()}
+
+
+def network_state_dict(checkpoint, key, path):
+    """The state dictionary stored under `key`, without the data-parallel `module.` prefix.
+
+    A file that is itself a state dictionary (a bare backbone) is taken whole. Raises InputError, with the keys that the
+    file has, when there is neither.
+    """
+    state = checkpoint.get(key)
+    if state is None and checkpoint and all(torch.is_tensor(value) for value in checkpoint.values()):
+        state = checkpoint
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
+        what = "holds no network" if key in checkpoint else "is not in the file"
+        raise InputError(f"checkpoint {path}: key {key!r} {what}; keys: {', '.join(map(str, checkpoint)) or 'none'}")
+    return without_prefix(state, "module.")
+
+
+def backbone_state_dict(checkpoint, key, path):
+    """Bare backbone names of the network under `key` (see `network_state_dict`); head weights are dropped."""
+    state = network_state_dict(checkpoint, key, path)
+    if any(name.startswith("backbone.") for name in state):
+        state = {name: value for name, value in state.items() if name.startswith("backbone.")}
+    return {name: value for name, value in without_prefix(state, "backbone.").items() if not name.startswith("head.")}
+
+
+def load_strictly(module, state_dict, path):
+    """Load every tensor of `module` from `state_dict`; raises InputError in one line naming what does not fit."""
+    own = module.state_dict()
+    missing = sorted(own.keys() - state_dict.keys())
+    unexpected = sorted(name for name in state_dict.keys() - own.keys() if not name.endswith("attn_mask"))
+    reshaped = [f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
+                for name in sorted(own.keys() & state_dict.keys()) if state_dict[name].shape != own[name].shape]
+    problems = [f"{len(names)} {what}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)) if names]
+    if problems:
+        raise InputError(f"checkpoint {path} does not fit this network: {'; '.join(problems)}")
+    module.load_state_dict({name: state_dict[name] for name in own})
+
+
+def load_backbone(backbone, state_dict, path):
+    """`load_strictly` for a backbone alone: the student's `masked_embed` may be left over, nothing may be missing."""
+    state = {name: value for name, value in state_dict.items() if name != "masked_embed"}
+    if "masked_embed" in dict(backbone.named_parameters()):
+        state["masked_embed"] = state_dict.get("masked_embed", backbone.masked_embed.detach())
+    # Constants of the architecture, absent from files of other libraries.
+    for name, value in backbone.named_buffers():
+        state.setdefault(name, value)
+    load_strictly(backbone, state, path)
+
+
+def load_optimizer(optimizer, state_dict, path):
+    """Load the optimiser's state; which implementation (fused or not) runs it stays as built here."""
+    groups = state_dict.get("param_groups", [])
+    sizes, own_sizes = ([len(g["params"]) for g in gs] for gs in (groups, optimizer.param_groups))
+    if sizes != own_sizes:
+        raise InputError(f"checkpoint {path}: its optimizer has groups of {sizes} parameters, this run {own_sizes}")
+    keep = [{k: g[k] for k in ("fused", "foreach", "capturable") if k in g} for g in optimizer.param_groups]
+    groups = [{**g, **own} for g, own in zip(groups, keep, strict=True)]
+    names = {name for state in state_dict["state"].values() for name in state}
+    expected = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}, "LARS": {"mu"}}[type(optimizer).__name__]
+    if names and names != expected:
+        raise InputError(f"checkpoint {path}: its optimizer state ({', '.join(sorted(names))}) is not that of {type(optimizer).__name__}")
+    optimizer.load_state_dict({**state_dict, "param_groups": groups})
+
+
+# ---------------------------------------------------------------- schedules
+
+def cosine_scheduler(base_value, final_value, epochs, steps_per_epoch, warmup_epochs=0, start_warmup_value=0.0):
+    """Value of every step: linear warm-up (both ends included), then a half cosine to `final_value`.
+
+    Returns float64 [epochs * steps_per_epoch]. `warmup_epochs` must not exceed `epochs`.
+    """
+    warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * steps_per_epoch)
+    i = np.arange(epochs * steps_per_epoch - len(warmup))
+    return np.concatenate((warmup, final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * i / max(len(i), 1)))))
+
+
+def temperature_schedule(warmup_value, value, warmup_epochs, epochs, start_epoch=0):
+    """Teacher temperature of every epoch: constant for `start_epoch` epochs, linear, then constant. float64 [epochs]."""
+    return np.concatenate((np.full(start_epoch, warmup_value), np.linspace(warmup_value, value, warmup_epochs),
+                           np.full(epochs, value)))[:epochs]
+
+
+# ---------------------------------------------------------------- optimisation
+
+def get_params_groups(model):
+    """Two groups: weights, which are decayed, and biases and one-dimensional tensors, which are not. Frozen ones: none."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def clip_gradients(parameters, max_norm):
+    """Scale each gradient by itself to a norm of at most `max_norm` (DINO's clipping, not a global norm).
+
+    No host synchronisation. Returns the norms before clipping, one 0-d tensor per parameter that has a gradient.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    scales = torch._foreach_add(norms, 1e-6)
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(scales, max_norm)
+    torch._foreach_clamp_max_(scales, 1.0)
+    torch._foreach_mul_(gradients, scales)
+    return norms
+
+
+def ema_pairs(student, teacher):
+    """([teacher parameters], [student parameters of the same names]); aliases of shared student layers count too."""
+    students = dict(student.named_parameters(remove_duplicate=False))
+    pairs = [(p, students[name]) for name, p in teacher.named_parameters() if name in students]
+    return [t for t, _ in pairs], [s for _, s in pairs]
+
+
+@torch.no_grad()
+def ema_update(teacher_parameters, student_parameters, momentum):
+    """teacher <- m teacher + (1 - m) student, for all parameters at once."""
+    torch._foreach_lerp_(teacher_parameters, [p.detach() for p in student_parameters], 1.0 - momentum)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling with momentum (You et al., 2017).
+
+    Weight decay and the trust ratio eta * |p| / |g + wd p| apply to tensors of two or more dimensions; the ratio is 1
+    where either norm is 0.
+    """
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            raise RuntimeError("LARS takes no closure")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    p_norm, u_norm = p.norm(), update.norm()
+                    ratio = torch.where((p_norm > 0) & (u_norm > 0), group["eta"] * p_norm / u_norm, 1.0)
+                    update = update * ratio
+                buffer = self.state[p].get("mu")
+                if buffer is None:
+                    buffer = self.state[p]["mu"] = torch.zeros_like(p)
+                buffer.mul_(group["momentum"]).add_(update)
+                p.add_(buffer, alpha=-group["lr"])
+
+
+# ---------------------------------------------------------------- logs
+
+def clustering_scores(labels, clusters):
+    """Agreement of integer clusters [T] with labels [T]: {"nmi", "ari", "fscore", "adjacc"}.
+
+    `fscore` is Fowlkes-Mallows; `adjacc` the accuracy after the best one-to-one assignment of clusters to labels.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn import metrics
+    counts = metrics.cluster.contingency_matrix(labels, clusters)
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    return {"nmi": float(metrics.normalized_mutual_info_score(labels, clusters)),
+            "ari": float(metrics.adjusted_rand_score(labels, clusters)),
+            "fscore": float(metrics.fowlkes_mallows_score(labels, clusters)),
+            "adjacc": float(counts[rows, columns].sum() / len(labels))}
+
+
+class DeviceMeters:
+    """Values of the steps since the last `read`, kept on the device so that the step never waits for the host."""
+
+    def __init__(self, names):
+        self.names = names
+        self.pending = []
+
+    def add(self, *values):
+        """Values in the order of `names`: 0-d device tensors, or numbers."""
+        device = next(v.device for v in values if torch.is_tensor(v))
+        self.pending.append(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values]))
+
+    def read(self):
+        """Means over processes, as a list of {name: float}, one per step. The only synchronisation; all processes call it."""
+        rows = all_reduce_mean(torch.stack(self.pending)).tolist() if self.pending else []
+        self.pending = []
+        return [dict(zip(self.names, row, strict=True)) for row in rows]
+
+
+def peak_memory_mib(device):
+    """Peak memory in MiB: what the allocator gave on CUDA, the resident set of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # POSIX only
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def eta_string(seconds):
+    return str(datetime.timedelta(seconds=int(seconds)))
+
+
+def describe_run(args, process):
+    """Lines that identify a run: commit, arguments, versions, device."""
+    import timm
+    import torchvision
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor() or platform.machine()
+    lines = [f"commit: {git_commit()}", f"started: {time.strftime('%Y-%m-%d %H:%M:%S')}",
+             f"versions: python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+             f"timm {timm.__version__}, numpy {np.__version__}",
+             f"device: {process.device} ({device}), {process.world_size} process(es), {torch.get_num_threads()} threads each"]
+    return "\n".join(lines + [f"{name}: {value}" for name, value in sorted(vars(args).items())])
+
+
+def git_commit():
+    """Commit of this checkout, marked when it has uncommitted changes; `unknown` outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+    try:
+        commit = git("rev-parse", "HEAD")
+        if commit.returncode:
+            return "unknown"
+        return commit.stdout.strip() + (" with local changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+    except FileNotFoundError:  # no git on this machine
+        return "unknown"
+
+
+def fix_random_seeds(seed):
+    """Seed torch (all devices) and numpy."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
