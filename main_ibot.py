@@ -47,7 +47,8 @@ def get_args_parser():
                          help="student: one last layer for [CLS] and patches (every published recipe says true)")
     network.add_argument("--shared_head_teacher", default=True, type=flag, help="the same for the teacher")
     network.add_argument("--norm_last_layer", default=True, type=flag, help="keep the last layer's weight_g at 1 (student)")
-    network.add_argument("--norm_in_head", default=None, choices=tuple(models.NORMS), help="norm inside the head's MLP")
+    network.add_argument("--norm_in_head", default=None, choices=(None, *models.NORMS), help="norm inside the head's MLP",
+                         type=lambda text: None if text.lower() == "none" else text)
     network.add_argument("--act_in_head", default="gelu", choices=tuple(models.ACTIVATIONS))
     network.add_argument("--head_hidden_dim", default=2048, type=int,
                          help="width of the head's hidden layers (a tiny backbone spends its time there)")
@@ -78,7 +79,7 @@ def get_args_parser():
     optim.add_argument("--epochs", default=100, type=int)
     optim.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process")
     optim.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"))
-    optim.add_argument("--lr", default=0.0005, type=float, help="peak rate for a total batch of 256; scaled linearly with it")
+    optim.add_argument("--lr", default=0.0005, type=float, help="peak rate for a total batch of 256, scaled linearly")
     optim.add_argument("--warmup_epochs", default=10, type=int, help="epochs of linear warm-up of the rate")
     optim.add_argument("--min_lr", default=1e-6, type=float)
     optim.add_argument("--weight_decay", default=0.04, type=float)
@@ -89,10 +90,10 @@ def get_args_parser():
     optim.add_argument("--momentum_teacher", default=0.996, type=float, help="EMA momentum at the start; rises to 1")
     optim.add_argument("--use_fp16", default=True, type=flag, help="mixed precision")
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
-                       help="auto: on CUDA bfloat16 where the GPU has it, else float16 with a gradient scaler; off elsewhere")
+                       help="auto: on CUDA bfloat16 if the GPU has it, else float16 with a gradient scaler; off elsewhere")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default=None, type=str, help="image folder with one sub-folder per class (one will do)")
+    data.add_argument("--data_path", default=None, type=str, help="folder with one sub-folder of images per class or more")
     data.add_argument("--global_crops_number", default=2, type=int)
     data.add_argument("--global_crops_scale", default=[0.14, 1.0], type=float, nargs=2, help="range of their area")
     data.add_argument("--global_crops_size", default=224, type=int, help="their side in pixels")
@@ -105,9 +106,11 @@ def get_args_parser():
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default=".", type=str)
-    run.add_argument("--load_from", default=None, type=str, help=f"resume from this file of the output folder, e.g. {CHECKPOINT}")
+    run.add_argument("--load_from", default=None, type=str,
+                     help=f"resume from this file of the output folder, e.g. {CHECKPOINT}")
     run.add_argument("--overwrite", default=False, type=flag, help="start over in an output folder that holds a run")
-    run.add_argument("--saveckp_freq", default=40, type=int, help="also keep checkpointNNNN.pth every so many epochs; 0: never")
+    run.add_argument("--saveckp_freq", default=40, type=int,
+                     help="also keep checkpointNNNN.pth every so many epochs; 0: never")
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
     run.add_argument("--seed", default=0, type=int)
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
@@ -137,37 +140,41 @@ def check_args(args):
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         need(0 < low <= high <= 1, f"--{name} takes two areas 0 < low <= high <= 1, not {low} {high}")
-    need(args.global_crops_number + args.local_crops_number > 1,
+    need(args.global_crops_number > 1 or (args.local_crops_number and args.lambda1),
          "the [CLS] loss needs two crops: raise --global_crops_number or --local_crops_number")
     need(args.lambda1 + args.lambda2 > 0, "--lambda1 and --lambda2 are both 0: there is no loss")
 
     swin, cell = args.arch.startswith("swin"), models.mask_cell(args.arch, args.patch_size)
     need(not swin or args.patch_size in (4, 16), f"--patch_size {args.patch_size}: Swin's patch is 4")
     need(args.global_crops_size % cell == 0,
-         f"--global_crops_size {args.global_crops_size} is not a multiple of {cell} ({'a token of Swin' if swin else '--patch_size'})")
+         f"--global_crops_size {args.global_crops_size} is not a multiple of {cell} "
+         f"({'a token of Swin' if swin else '--patch_size'})")
     patch = 4 if swin else args.patch_size
     need(not args.local_crops_number or args.local_crops_size % patch == 0,
          f"--local_crops_size {args.local_crops_size} is not a multiple of the patch size {patch}")
 
     variances = args.pred_ratio_var * len(args.pred_ratio) if len(args.pred_ratio_var) == 1 else args.pred_ratio_var
     need(len(variances) == len(args.pred_ratio),
-         f"--pred_ratio has {len(args.pred_ratio)} values and --pred_ratio_var {len(args.pred_ratio_var)}: give one variance or one per ratio")
+         f"--pred_ratio has {len(args.pred_ratio)} values and --pred_ratio_var {len(args.pred_ratio_var)}: "
+         "give one variance or one per ratio")
     for ratio, variance in zip(args.pred_ratio, variances, strict=True):
         need(0 <= variance and 0 <= ratio <= 1, f"--pred_ratio {ratio} --pred_ratio_var {variance}: ratios lie in 0..1")
         need(ratio >= variance, f"--pred_ratio {ratio} is below its --pred_ratio_var {variance}")
     student_k = args.out_dim if args.shared_head else args.patch_out_dim
     teacher_k = args.out_dim if args.shared_head_teacher else args.patch_out_dim
-    need(student_k == teacher_k, f"student and teacher patches have {student_k} and {teacher_k} outputs: with --shared_head "
-         f"{args.shared_head} and --shared_head_teacher {args.shared_head_teacher}, --patch_out_dim must equal --out_dim")
+    need(student_k == teacher_k,
+         f"student and teacher patches have {student_k} and {teacher_k} outputs: with --shared_head {args.shared_head} and "
+         f"--shared_head_teacher {args.shared_head_teacher}, --patch_out_dim must equal --out_dim")
 
     output_dir = Path(args.output_dir)
     need(not output_dir.exists() or output_dir.is_dir(), f"--output_dir {output_dir} is a file")
     if args.load_from:
         need((output_dir / args.load_from).is_file(), f"--load_from: {output_dir / args.load_from} does not exist")
     else:
-        need(args.overwrite or not (output_dir / CHECKPOINT).exists(),
-             f"--output_dir {output_dir} already holds a run: resume with --load_from {CHECKPOINT}, start over with "
-             "--overwrite true, or choose another folder")
+        held = run_files(output_dir)
+        need(args.overwrite or not held,
+             f"--output_dir {output_dir} already holds a run ({', '.join(p.name for p in held[:3])}): resume with "
+             f"--load_from {CHECKPOINT}, start over with --overwrite true, or choose another folder")
 
 
 # ---------------------------------------------------------------- the loss
@@ -181,7 +188,7 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         student_temp: 0.1 for both.
         center_momentum, patch_center_momentum: share that the centres keep at each step.
         lambda1, lambda2: weights of the [CLS] and the patch term.
-        patch_centering: False leaves the patch centre at 0. patch_targets: "soft", or "hard" for the teacher's arg-max.
+        patch_centering: whether the patch centre moves from 0. patch_targets: "soft", or "hard" for the teacher's arg-max.
     """
 
     def __init__(self, out_dim, patch_out_dim, teacher_temps, teacher_patch_temps, student_temp=0.1, center_momentum=0.9,
@@ -267,7 +274,10 @@ def build_networks(args):
 
 
 def build_optimizer(name, parameter_groups, device):
-    """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step."""
+    """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step.
+
+    With float16 the gradient scaler waits for the device before each step of SGD and LARS; fused AdamW needs no wait.
+    """
     if name == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
     if name == "sgd":  # not fused: that fails on buffers of which some, a frozen layer's, do not exist yet
@@ -285,7 +295,7 @@ def choose_amp_dtype(use_fp16, amp_dtype, device):
 
 
 def build_schedules(args, steps_per_epoch, world_size):
-    """{"lr", "wd", "momentum"} of every step and {"temp", "patch_temp"} of every epoch, and lines about what was shortened."""
+    """{"lr", "wd", "momentum"} of every step and {"temp", "patch_temp"} of every epoch; lines about what was shortened."""
     notes = []
 
     def shortened(flag, length, room):
@@ -296,6 +306,9 @@ def build_schedules(args, steps_per_epoch, world_size):
     warmup = shortened("warmup_epochs", args.warmup_epochs, args.epochs)
     temp_warmup = shortened("warmup_teacher_temp_epochs", args.warmup_teacher_temp_epochs, args.epochs)
     patch_temp_warmup = min(temp_warmup, max(args.epochs - args.pred_start_epoch, 0))
+    if patch_temp_warmup < temp_warmup:
+        notes.append(f"warning: the patch temperature's warm-up after --pred_start_epoch {args.pred_start_epoch} does not "
+                     f"fit into {args.epochs} epochs; shortened to {patch_temp_warmup}")
     peak = args.lr * args.batch_size_per_gpu * world_size / 256
     return {
         "lr": utils.cosine_scheduler(peak, args.min_lr, args.epochs, steps_per_epoch, warmup),
@@ -331,8 +344,8 @@ def train_ibot(args):
         pin_memory=device.type == "cuda", drop_last=True, persistent_workers=args.num_workers > 0)
     total_batch = args.batch_size_per_gpu * process.world_size
     if not len(data_loader):
-        raise utils.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than one batch of {total_batch}; "
-                               "lower --batch_size_per_gpu")
+        raise utils.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than one batch of "
+                               f"{total_batch}; lower --batch_size_per_gpu")
 
     # ============ networks ============
     student, teacher = (network.to(device) for network in build_networks(args))
@@ -340,7 +353,7 @@ def train_ibot(args):
     ddp_student = student
     if process.world_size > 1:
         ddp_student = nn.parallel.DistributedDataParallel(
-            student, device_ids=[process.local_rank] if device.type == "cuda" else None)
+            student, device_ids=[device.index] if device.type == "cuda" else None)
 
     # ============ schedules, loss, optimizer ============
     schedules, notes = build_schedules(args, len(data_loader), process.world_size)
@@ -363,8 +376,10 @@ def train_ibot(args):
         writer = SummaryWriter(output_dir / "tf_logs")
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {len(data_loader)} steps an epoch")
-        print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; precision: {amp_dtype or torch.float32}")
-        print(f"total batch: {total_batch}; peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
+        print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
+              f"precision: {amp_dtype or torch.float32}")
+        print(f"total batch: {total_batch}; "
+              f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
         print("\n".join(notes + [f"starting at epoch {start_epoch} of {args.epochs}"]), flush=True)
 
     # ============ training ============
@@ -376,7 +391,7 @@ def train_ibot(args):
         utils.fix_random_seeds(int(np.random.SeedSequence((args.seed, epoch, process.rank)).generate_state(1)[0]))
         stats = train_one_epoch(ddp_student, teacher, ema, ibot_loss, optimizer, scaler, data_loader, schedules, epoch,
                                 amp_dtype, writer, args, device)
-        if not all(torch.stack(torch._foreach_norm(list(student.parameters()))).isfinite()):
+        if not torch.stack(torch._foreach_norm(list(student.parameters()))).isfinite().all():
             raise FloatingPointError(f"a weight became non-finite in epoch {epoch}; the last checkpoint is intact")
         bad = skipped_images(dataset, device)
         if main_process:
@@ -435,8 +450,9 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, data_lo
             row |= {"lr": float(schedules["lr"][i]), "wd": float(schedules["wd"][i])}
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
-                    f"loss is {row['loss']} at step {i} (epoch {epoch}): cls {row['cls']}, patch {row['patch']}, learning rate "
-                    f"{row['lr']:.3g}; the last checkpoint is intact. With float16, try --amp_dtype bfloat16 or --use_fp16 false")
+                    f"loss is {row['loss']} at step {i} (epoch {epoch}): cls {row['cls']}, patch {row['patch']}, "
+                    f"learning rate {row['lr']:.3g}; the last checkpoint is intact. "
+                    "With float16, try --amp_dtype bfloat16 or --use_fp16 false")
             for name, value in row.items():
                 totals[name] = totals.get(name, 0.0) + value
                 if writer:
@@ -447,8 +463,9 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, data_lo
             left = (args.epochs * steps - step - 1) * elapsed / len(rows)
             print(f"epoch {epoch}/{args.epochs} [{it + 1:>{len(str(steps))}}/{steps}]  "
                   + "  ".join(f"{name} {rows[-1][name]:.4f} ({totals[name] / count:.4f})" for name in meters.names)
-                  + f"  lr {rows[-1]['lr']:.2e}  wd {rows[-1]['wd']:.3f}  {images_s:.1f} images/s  data {100 * waited / elapsed:.0f} %"
-                  f"  memory {utils.peak_memory_mib(device):.0f} MiB  eta {utils.eta_string(left)}", flush=True)
+                  + f"  lr {rows[-1]['lr']:.2e}  wd {rows[-1]['wd']:.3f}  {images_s:.1f} images/s"
+                  f"  data {100 * waited / elapsed:.0f} %  memory {utils.peak_memory_mib(device):.0f} MiB"
+                  f"  eta {utils.eta_string(left)}", flush=True)
             writer.add_scalar("step/images_per_second", images_s, step)
         waited, since = 0.0, now
 
@@ -478,7 +495,8 @@ def train_step(batch, student, teacher, ema, ibot_loss, optimizer, scaler, epoch
     weight = batch.mask_weight if patch_loss else batch.mask_weight[:0]
     with torch.autocast(global_crops.device.type, amp_dtype, enabled=amp_dtype is not None):
         with torch.no_grad():
-            teacher_cls, teacher_patch, teacher_mean = teacher(global_crops, index, patch_mean=patch_loss)
+            teacher_cls, teacher_patch, teacher_mean = teacher(
+                global_crops, index, patch_mean=patch_loss and ibot_loss.patch_centering)
         student_cls, student_patch, _ = student(global_crops, index, masks=masks, local_crops=local_crops)
     losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, teacher_mean, weight, G, epoch)
 
@@ -509,13 +527,20 @@ def train_step(batch, student, teacher, ema, ibot_loss, optimizer, scaler, epoch
 
 # ---------------------------------------------------------------- files
 
+def run_files(output_dir):
+    """What a run writes into its folder, as far as it is there."""
+    found = [path for path in (output_dir / name for name in (CHECKPOINT, "log.txt", "tf_logs")) if path.exists()]
+    return found + sorted(output_dir.glob("checkpoint[0-9]*.pth"))
+
+
 def start_output(output_dir, keep):
-    """Make the folder; unless `keep`, remove what an earlier run left in it."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if not keep:
-        for file in [*output_dir.glob("checkpoint*.pth"), output_dir / "log.txt"]:
-            file.unlink(missing_ok=True)
-        shutil.rmtree(output_dir / "tf_logs", ignore_errors=True)
+    """Make the folder; unless `keep`, remove what an earlier run left in it (see `check_args`)."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise utils.InputError(f"--output_dir {output_dir}: {error.strerror}") from error
+    for path in [] if keep else run_files(output_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler):
@@ -545,7 +570,8 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
 def restore(path, student, teacher, optimizer, ibot_loss, scaler):
     """Load all of a checkpoint, of this project or of the reference; returns the epoch to run next."""
     checkpoint = utils.load_checkpoint(path)
-    missing = [key for key in ("student", "teacher", "optimizer", "epoch", "ibot_loss") if key not in checkpoint]
+    kinds = {"student": dict, "teacher": dict, "optimizer": dict, "epoch": int, "ibot_loss": dict}
+    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if missing:
         raise utils.InputError(f"checkpoint {path} is no pre-training checkpoint: it lacks {', '.join(missing)}")
     for key, network in (("student", student), ("teacher", teacher)):
@@ -567,8 +593,9 @@ def skipped_images(dataset, device):
 
 
 def main():
-    train_ibot(argparse.ArgumentParser("main_ibot.py", parents=[get_args_parser()], allow_abbrev=False,
-                                       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args())
+    parser = argparse.ArgumentParser("main_ibot.py", parents=[get_args_parser()], allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    train_ibot(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -147,8 +147,8 @@ quickstart() {
     if [ -z "$output" ]; then
         output=${at}work_dirs/quickstart
         settings+=(--output_dir "$output")
-        # Only the toy's own folder is overwritten, and not when the toy is resumed.
-        [ -n "$(flag_value --load_from "$@")" ] || settings+=(--overwrite true)
+        # Only the toy is overwritten, and not when it is resumed.
+        [ -n "$(flag_value --load_from "$@")$(flag_value --data_path "$@")" ] || settings+=(--overwrite true)
     fi
     run "$python" "${at}main_ibot.py" "${settings[@]}" "$@"
     run "$python" "${at}analysis/quickstart.py" report --output_dir "$output"

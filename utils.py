@@ -1,6 +1,6 @@
 """What every script shares: processes, checkpoints, schedules, parameter groups, clipping, EMA, LARS and log lines.
 
-Letters in shape comments: B images per process, G global crops, L local crops, N patch tokens, D width, K outputs, W processes.
+Letter in shape comments: T any number of values.
 """
 import argparse
 import datetime
@@ -24,16 +24,19 @@ class InputError(ValueError):
 
 
 def run(main):
-    """Call `main()`; an `InputError`, or a `FloatingPointError` of the loss, becomes one line on stderr and exit code 1."""
+    """Call `main()`; an `InputError`, or a `FloatingPointError` of training, becomes one line on stderr and exit code 1."""
     try:
         main()
     except (InputError, FloatingPointError) as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+        if rank:
+            # What all met, process 0 says, and the launcher then ends the others; what this one alone met, it must say.
+            time.sleep(5)
+        print(f"error{f' (process {rank})' if rank else ''}: {one_line(error)}", file=sys.stderr, flush=True)
+        # No clean-up of the process group, which would wait for the others.
+        os._exit(1) if dist.is_initialized() else sys.exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def one_line(error):
@@ -68,9 +71,10 @@ def _launch_environment():
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     if "SLURM_PROCID" in env:
-        # SLURM_NTASKS is also set in a batch script outside srun; the step's own count is not.
-        tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
-        return int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0))
+        # Outside srun, in a batch script, SLURM_NTASKS is set but the other tasks do not run; the step's count is not set.
+        in_step = env["SLURM_PROCID"] != "0" or "MASTER_ADDR" in env
+        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1") if in_step else "1")
+        return int(env["SLURM_PROCID"]), int(tasks), int(env.get("SLURM_LOCALID", 0))
     return 0, 1, 0
 
 
@@ -92,6 +96,8 @@ def choose_device(name, local_rank=0):
     if name == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--device cuda: no CUDA device is available here")
+        if torch.cuda.device_count() == 1 and "RANK" not in os.environ:
+            local_rank = 0  # Slurm shows each task its own GPU only
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"local process {local_rank} has no GPU of its own: this machine has "
                              f"{torch.cuda.device_count()}; start fewer processes per node")
@@ -121,11 +127,11 @@ def init_process(device="auto", dist_url="env://"):
 
 
 def get_world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def get_rank():
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main_process():
@@ -156,11 +162,17 @@ def gather_variable(tensor):
 
 # ---------------------------------------------------------------- checkpoints
 
+_numpy_scalar = np.float64(0).__reduce__()[0]
+SAFE_GLOBALS = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
+                (_numpy_scalar, "numpy.core.multiarray.scalar"), (_numpy_scalar, "numpy._core.multiarray.scalar")]
+
+
 def load_checkpoint(path):
     """Read a `.safetensors` or a `torch.save` file without running any code in it.
 
-    The one class allowed beside tensors and plain containers is `argparse.Namespace`, which the reference stores.
-    Raises InputError, naming the file, when it is missing, broken or holds anything else.
+    Beside tensors and plain containers only `argparse.Namespace` and numpy's float64 scalars are allowed: the reference
+    stores its arguments, and its optimiser's rates come from numpy schedules. Raises InputError, naming the file, when it
+    is missing, broken or holds anything else.
     """
     path = Path(path)
     if not path.is_file():
@@ -173,11 +185,13 @@ def load_checkpoint(path):
         except (SafetensorError, OSError) as error:
             raise InputError(f"checkpoint {path}: not a safetensors file ({_first_line(error)})") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError,
             IndexError) as error:
-        raise InputError(f"checkpoint {path}: cannot be read safely ({_first_line(error)})") from error
+        unsafe = re.search(r"Unsupported \w+: GLOBAL (\S+)|GLOBAL (\S+) was not an allowed global", str(error))
+        reason = f"it holds {unsafe[1] or unsafe[2]}" if unsafe else _first_line(error)
+        raise InputError(f"checkpoint {path}: cannot be read safely ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint
@@ -236,8 +250,9 @@ def load_strictly(module, state_dict, path):
     unexpected = sorted(name for name in state_dict.keys() - own.keys() if not name.endswith("attn_mask"))
     reshaped = [f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
                 for name in sorted(own.keys() & state_dict.keys()) if state_dict[name].shape != own[name].shape]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     problems = [f"{len(names)} {what}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-                for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)) if names]
+                for what, names in found.items() if names]
     if problems:
         raise InputError(f"checkpoint {path} does not fit this network: {'; '.join(problems)}")
     module.load_state_dict({name: state_dict[name] for name in own})
@@ -263,9 +278,9 @@ def load_optimizer(optimizer, state_dict, path):
     keep = [{k: g[k] for k in ("fused", "foreach", "capturable") if k in g} for g in optimizer.param_groups]
     groups = [{**g, **own} for g, own in zip(groups, keep, strict=True)]
     names = {name for state in state_dict["state"].values() for name in state}
-    expected = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}, "LARS": {"mu"}}[type(optimizer).__name__]
-    if names and names != expected:
-        raise InputError(f"checkpoint {path}: its optimizer state ({', '.join(sorted(names))}) is not that of {type(optimizer).__name__}")
+    kind = type(optimizer).__name__
+    if names and names != {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}, "LARS": {"mu"}}[kind]:
+        raise InputError(f"checkpoint {path}: its optimizer state ({', '.join(sorted(names))}) is not that of {kind}")
     optimizer.load_state_dict({**state_dict, "param_groups": groups})
 
 
@@ -278,7 +293,8 @@ def cosine_scheduler(base_value, final_value, epochs, steps_per_epoch, warmup_ep
     """
     warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * steps_per_epoch)
     i = np.arange(epochs * steps_per_epoch - len(warmup))
-    return np.concatenate((warmup, final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * i / max(len(i), 1)))))
+    cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * i / max(len(i), 1)))
+    return np.concatenate((warmup, cosine))
 
 
 def temperature_schedule(warmup_value, value, warmup_epochs, epochs, start_epoch=0):
@@ -342,20 +358,25 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             raise RuntimeError("LARS takes no closure")
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = p.grad
-                if p.ndim > 1:
-                    update = update.add(p, alpha=group["weight_decay"])
-                    p_norm, u_norm = p.norm(), update.norm()
-                    ratio = torch.where((p_norm > 0) & (u_norm > 0), group["eta"] * p_norm / u_norm, 1.0)
-                    update = update * ratio
-                buffer = self.state[p].get("mu")
-                if buffer is None:
-                    buffer = self.state[p]["mu"] = torch.zeros_like(p)
-                buffer.mul_(group["momentum"]).add_(update)
-                p.add_(buffer, alpha=-group["lr"])
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            # Matrices first: only they are decayed and scaled.
+            params.sort(key=lambda p: p.ndim < 2)
+            updates, matrices = [p.grad for p in params], [p for p in params if p.ndim > 1]
+            if matrices:
+                scaled = torch._foreach_add(updates[:len(matrices)], matrices, alpha=group["weight_decay"])
+                p_norms, u_norms = torch.stack(torch._foreach_norm(matrices)), torch.stack(torch._foreach_norm(scaled))
+                ratios = torch.where((p_norms > 0) & (u_norms > 0), group["eta"] * p_norms / u_norms, 1.0)
+                torch._foreach_mul_(scaled, list(ratios.unbind()))
+                updates[:len(matrices)] = scaled
+            for p in params:
+                if "mu" not in self.state[p]:
+                    self.state[p]["mu"] = torch.zeros_like(p)
+            buffers = [self.state[p]["mu"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
 # ---------------------------------------------------------------- logs
@@ -388,7 +409,7 @@ class DeviceMeters:
         self.pending.append(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values]))
 
     def read(self):
-        """Means over processes, as a list of {name: float}, one per step. The only synchronisation; all processes call it."""
+        """Means over processes, {name: float} for each step. Waits for the device; all processes call it together."""
         rows = all_reduce_mean(torch.stack(self.pending)).tolist() if self.pending else []
         self.pending = []
         return [dict(zip(self.names, row, strict=True)) for row in rows]
@@ -411,11 +432,13 @@ def describe_run(args, process):
     """Lines that identify a run: commit, arguments, versions, device."""
     import timm
     import torchvision
-    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor() or platform.machine()
+    on_gpu = process.device.type == "cuda"
+    device = torch.cuda.get_device_name(process.device) if on_gpu else platform.processor() or platform.machine()
     lines = [f"commit: {git_commit()}", f"started: {time.strftime('%Y-%m-%d %H:%M:%S')}",
-             f"versions: python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-             f"timm {timm.__version__}, numpy {np.__version__}",
-             f"device: {process.device} ({device}), {process.world_size} process(es), {torch.get_num_threads()} threads each"]
+             f"versions: python {platform.python_version()}, torch {torch.__version__}, "
+             f"torchvision {torchvision.__version__}, timm {timm.__version__}, numpy {np.__version__}",
+             f"device: {process.device} ({device}), {process.world_size} process(es), "
+             f"{torch.get_num_threads()} threads each"]
     return "\n".join(lines + [f"{name}: {value}" for name, value in sorted(vars(args).items())])
 
 
@@ -427,7 +450,8 @@ def git_commit():
         commit = git("rev-parse", "HEAD")
         if commit.returncode:
             return "unknown"
-        return commit.stdout.strip() + (" with local changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+        changed = git("status", "--porcelain", "-uno").stdout.strip()
+        return commit.stdout.strip() + (" with local changes" if changed else "")
     except FileNotFoundError:  # no git on this machine
         return "unknown"
 

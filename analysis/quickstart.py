@@ -106,7 +106,7 @@ def compare_knn(trained, train, val, args, process):
         before, after = (knn_accuracy(model, train, val, args.num_workers, process, name)
                          for model, name in ((untrained.eval(), "untrained"), (trained.model, "trained")))
     except utils.InputError as error:  # an image that cannot be read, which training may have skipped
-        return f"k-NN: skipped, {error}"
+        return f"k-NN: skipped, {utils.one_line(error)}"
     return (f"k-NN top-1 (k = {min(K, len(train))}, {len(val)} validation images): "
             f"untrained network {before:.1f} %, trained teacher {after:.1f} %")
 

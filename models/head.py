@@ -34,10 +34,9 @@ class SyncBatchNorm(nn.BatchNorm1d):
             return F.batch_norm(x.flatten(0, -2), self.running_mean, self.running_var, self.weight, self.bias,
                                 eps=self.eps).view_as(x)
         tokens = at_least_float32(x).flatten(0, -2)  # [T, C]
-        count = tokens.new_tensor([float(len(tokens))])
-        total = tokens.sum(dim=0)
+        count, total = len(tokens), tokens.sum(dim=0)
         if dist.is_initialized():
-            dist.all_reduce(count)
+            count *= dist.get_world_size()  # every process has as many tokens
             total = dist_functional.all_reduce(total)
         mean = total / count
         squares = (tokens - mean).square().sum(dim=0)
@@ -47,7 +46,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(squares / (count - 1).clamp(min=1), self.momentum)
+            self.running_var.lerp_(squares / max(count - 1, 1), self.momentum)
         tokens = (tokens - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
         return tokens.view_as(x).to(x.dtype)
 

@@ -40,14 +40,16 @@ class SwinTransformer(TimmSwinTransformer):
     """Swin whose output is the mean of the last tokens (standing in for [CLS]), alone or followed by those tokens.
 
     As in the reference, windows and shifts are those of 224-pixel inputs whatever the crop size, and LayerNorm's eps is
-    1e-6 (timm's own Swin has 1e-5). State dictionaries use the original's names. Arguments as for `VisionTransformer`; `masked_embed` is [1, width of the first stage].
+    1e-6 (timm's own Swin has 1e-5). State dictionaries use the original's names. Arguments as for `VisionTransformer`;
+    `masked_embed` is [1, width of the first stage].
     """
     mask_cell = 32  # pixels: one cell of the last stage, patch 4 times 8
 
     def __init__(self, window_size=7, patch_size=4, drop_path_rate=0.1, return_all_tokens=False,
                  masked_im_modeling=False, **kwargs):
+        kwargs["num_classes"] = 0  # scripts of the original pass it too
         super().__init__(img_size=224, patch_size=patch_size, window_size=window_size, drop_path_rate=drop_path_rate,
-                         num_classes=0, strict_img_size=False, norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)
+                         strict_img_size=False, norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)
         self.patch_size = patch_size
         self.return_all_tokens = return_all_tokens
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
@@ -98,7 +100,7 @@ class SwinTransformer(TimmSwinTransformer):
     def get_intermediate_layers(self, x, n=1, norm=True):
         """Tokens after each of the last n blocks, before patch merging, shallow to deep: n tensors [B, 1 + N_i, C_i].
 
-        Only blocks of the last stage pass through the final norm, which has its width; the mean token is of what follows it.
+        Only blocks of the last stage pass through the final norm, which has their width; the mean is taken after it.
         """
         x, taps = self.prepare_tokens(x), []
         first = sum(len(stage.blocks) for stage in self.layers) - n
@@ -121,12 +123,15 @@ def swin_tiny(**kwargs):
 
 
 def swin_small(drop_path_rate=0.2, **kwargs):
-    return SwinTransformer(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=drop_path_rate, **kwargs)
+    return SwinTransformer(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24),
+                           drop_path_rate=drop_path_rate, **kwargs)
 
 
 def swin_base(drop_path_rate=0.2, **kwargs):
-    return SwinTransformer(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=drop_path_rate, **kwargs)
+    return SwinTransformer(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32),
+                           drop_path_rate=drop_path_rate, **kwargs)
 
 
 def swin_large(drop_path_rate=0.2, **kwargs):
-    return SwinTransformer(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), drop_path_rate=drop_path_rate, **kwargs)
+    return SwinTransformer(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48),
+                           drop_path_rate=drop_path_rate, **kwargs)

@@ -40,8 +40,9 @@ class VisionTransformer(TimmVisionTransformer):
 
     def __init__(self, img_size=224, patch_size=16, drop_path_rate=0.0, return_all_tokens=False,
                  masked_im_modeling=False, **kwargs):
-        super().__init__(img_size=img_size, patch_size=patch_size, drop_path_rate=drop_path_rate, num_classes=0,
-                         dynamic_img_size=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)
+        kwargs["num_classes"] = 0  # scripts of the original pass it too
+        super().__init__(img_size=img_size, patch_size=patch_size, drop_path_rate=drop_path_rate,
+                         norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)
         self.patch_size = patch_size
         self.return_all_tokens = return_all_tokens
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
@@ -50,7 +51,7 @@ class VisionTransformer(TimmVisionTransformer):
     def prepare_tokens(self, x, mask=None):
         """Images [B, 3, H, W] and masks (bool [B, h, w] or None) to embedded tokens [B, 1 + N, D]."""
         if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
-            raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels do not divide into patches of {self.patch_size}")
+            raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} pixels do not divide into patches of {self.patch_size}")
         x = self.patch_embed.proj(x)  # [B, D, h, w]
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # [B, N, D]

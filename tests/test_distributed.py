@@ -1,9 +1,13 @@
 """Two gloo processes with half the batch each do what one process does with the whole batch."""
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
+from torch.utils.data import DistributedSampler
 
 import loader
 import main_ibot
@@ -84,17 +88,37 @@ def test_launchers(launcher, digits, call, tmp_path):
 def test_slurm_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODELIST": "node7",
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_NODELIST": "node7",
                         "SLURM_JOB_ID": "123456"}.items():
         monkeypatch.setenv(name, value)
+    assert utils._launch_environment() == (0, 1, 0)  # a batch script outside srun is alone
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert utils._launch_environment() == (0, 8, 0)
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
     assert utils._launch_environment() == (5, 8, 1)
     calls = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: calls.append((backend, kwargs)))
     process = utils.init_process("cpu")
     assert process == utils.Process(5, 8, 1, torch.device("cpu"))
     assert calls == [("gloo", {"init_method": "env://", "world_size": 8, "rank": 5})]
-    import os
     assert os.environ["MASTER_ADDR"] == "node7" and os.environ["MASTER_PORT"] == str(20000 + 123456 % 20000)
+
+
+def test_error_of_one_process_alone_is_said(digits, call, tmp_path):
+    """The broken file is in the share of process 1: its name must be in the output, and the run must end."""
+    data = tmp_path / "data"
+    shutil.copytree(digits / "train", data)
+    files = sorted(data.rglob("*.png"))
+    order = DistributedSampler(files, 2, 1, shuffle=True, seed=0)  # of epoch 0
+    broken = files[list(order)[0]]
+    broken.write_bytes(b"no image")
+    result = call("main_ibot.py", "--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--device", "cpu",
+                  "--out_dim", "32", "--patch_out_dim", "32", "--batch_size_per_gpu", "10", "--epochs", "1", "--num_workers", "0",
+                  "--on_bad_image", "error", "--data_path", data, "--output_dir", tmp_path / "out", processes=2, check=False)
+    assert result.returncode != 0
+    assert f"error (process 1): {broken}" in result.stderr
 
 
 def test_one_failing_process_names_itself(digits, call, tmp_path):

@@ -2,7 +2,7 @@
 import argparse
 import copy
 import json
-from pathlib import Path
+import zipfile
 
 import numpy as np
 import pytest
@@ -106,7 +106,7 @@ def test_runs_are_reproducible_and_seeds_differ(digits, tmp_path):
 
 
 def test_reference_checkpoint_resumes(digits, tmp_path):
-    """A file as the reference writes it: no fused flag, integer steps, an argparse.Namespace, the teacher unwrapped."""
+    """A file as the reference writes it: no fused flag, integer steps, numpy rates, a Namespace, the teacher unwrapped."""
     flags = ["--data_path", digits / "train", "--shared_head", "true", "--output_dir", tmp_path]
     train(*flags, "--epochs", 1)
     path = tmp_path / "checkpoint.pth"
@@ -115,13 +115,27 @@ def test_reference_checkpoint_resumes(digits, tmp_path):
     for group in checkpoint["optimizer"]["param_groups"]:
         for key in ("fused", "foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay"):
             group.pop(key, None)
+        group["lr"] = np.float64(group["lr"])  # out of its numpy schedules
+    checkpoint["optimizer"]["param_groups"][0]["weight_decay"] = np.float64(0.04)
     for state in checkpoint["optimizer"]["state"].values():
         state["step"] = int(state["step"])
     checkpoint["args"] = argparse.Namespace(arch="vit_nano", gpu=0, dist_backend="nccl")
     checkpoint["fp16_scaler"] = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
     torch.save(checkpoint, path)
-    train(*flags, "--epochs", 2, "--load_from", "checkpoint.pth")
-    assert utils.load_checkpoint(path)["epoch"] == 2
+    # numpy 1, with which the reference ran, pickled its scalars under an older module name.
+    new, old = b"numpy._core.multiarray", b"numpy.core.multiarray"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "old.pth", "w") as target:
+        for item in source.infolist():
+            content = source.read(item)
+            if item.filename.endswith("data.pkl"):
+                assert content.count(new) + content.count(old) >= 1
+                content = content.replace(new, old)
+            target.writestr(item, content)
+    for name in ("checkpoint.pth", "old.pth"):
+        train(*flags, "--epochs", 2, "--load_from", name)
+        assert utils.load_checkpoint(path)["epoch"] == 2
+    allowed = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    assert allowed == {"argparse.Namespace"}  # our own files need no more
 
 
 def test_finished_run_says_so(digits, tmp_path, capsys):
@@ -168,7 +182,7 @@ def test_variants_run(flags, digits, tmp_path):
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 def test_every_arch_takes_a_step(arch):
-    """Two steps on random crops with masks and local crops, through the whole of the step; no K-wide cost."""
+    """Steps on random crops with masks and local crops, through the whole of the step."""
     swin, large = arch.startswith("swin"), arch.endswith(("base", "large"))
     args = parse("--arch", arch, "--patch_size", 16, "--global_crops_size", 64, "--out_dim", 32, "--shared_head", "true")
     student, teacher = main_ibot.build_networks(args)
@@ -268,6 +282,7 @@ BAD = {
     "zero epochs": (["--epochs", "0"], "--epochs"),
     "crop scale": (["--local_crops_scale", "0.5", "0.2"], "--local_crops_scale"),
     "no loss": (["--lambda1", "0", "--lambda2", "0"], "no loss"),
+    "one crop for want of local ones": (["--lambda1", "0", "--global_crops_number", "1"], "two crops"),
     "cuda without a GPU": (["--device", "cuda"], "no CUDA"),
 }
 
@@ -305,7 +320,8 @@ def test_foreign_checkpoints_are_refused(digits, tmp_path):
         assert words in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
     refused("text.pth", b"hello", "cannot be read safely")
     refused("half.pth", (tmp_path / "checkpoint.pth").read_bytes()[:5000], "cannot be read safely")
-    refused("code.pth", {"student": print}, "cannot be read safely")
+    refused("code.pth", {"student": print}, "cannot be read safely (it holds ")
+    refused("kinds.pth", {**good, "optimizer": [1], "epoch": "2"}, "it lacks optimizer, epoch")
     refused("list.pth", [1, 2], "holds a list")
     refused("backbone.pth", {"state_dict": {}}, "lacks student, teacher")
     refused("arch.pth", good, "missing", "--arch", "swin_tiny", "--patch_size", "4", "--local_crops_size", "32")
@@ -374,10 +390,41 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     assert utils.load_checkpoint(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
+def test_mixed_precision_is_on_where_asked(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert main_ibot.choose_amp_dtype(True, "auto", cpu) is None
+    assert main_ibot.choose_amp_dtype(True, "bfloat16", cpu) is torch.bfloat16
+    assert main_ibot.choose_amp_dtype(False, "bfloat16", cuda) is None
+    for has_it, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        assert main_ibot.choose_amp_dtype(True, "auto", cuda) is expected
+        assert main_ibot.choose_amp_dtype(True, "float16", cuda) is torch.float16
+    student, teacher = main_ibot.build_networks(parse("--shared_head", "true"))
+    seen = {}
+    student.head.last_layer.register_forward_hook(lambda m, i, out: seen.update(logits=out.dtype))
+    ibot_loss = main_ibot.iBOTLoss(64, 64, [0.04], [0.04])
+    batch = loader.Batch(torch.randn(2, 2, 3, 32, 32), None, torch.zeros(2), torch.ones(2, 2, 4, 4, dtype=torch.bool),
+                         torch.arange(64), torch.full((64,), 1 / 64))
+    losses, _, _ = main_ibot.train_step(batch, student, teacher, utils.ema_pairs(student, teacher), ibot_loss,
+                                        main_ibot.build_optimizer("adamw", utils.get_params_groups(student), cpu), None, 0, lr=0.1,
+                                        weight_decay=0.0, momentum=0.9, clip_grad=3.0, freeze_last_layer=False, amp_dtype=torch.bfloat16)
+    assert seen["logits"] is torch.bfloat16 and losses["loss"].dtype == ibot_loss.center.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint0040.pth", "log.txt"])
+def test_nothing_of_an_earlier_run_is_lost(name, digits, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(utils.InputError, match=f"already holds a run .{name}"):
+        train("--data_path", digits / "train", "--output_dir", tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
+
+
 def test_overwrite_starts_over(digits, tmp_path):
     flags = ["--data_path", digits / "train", "--output_dir", tmp_path]
     train(*flags, "--epochs", 2, "--saveckp_freq", 1)
     (tmp_path / "notes.md").write_text("keep me")
+    (tmp_path / "checkpoint_teacher.pth").write_text("keep me")
     train(*flags, "--epochs", 1, "--overwrite", "true")
     assert len(log(tmp_path)) == 1 and not (tmp_path / "checkpoint0001.pth").exists()
-    assert Path(tmp_path / "notes.md").read_text() == "keep me"
+    assert all((tmp_path / name).read_text() == "keep me" for name in ("notes.md", "checkpoint_teacher.pth"))

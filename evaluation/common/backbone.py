@@ -42,7 +42,7 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     is_swin = arch.startswith("swin")
     if is_swin:
         patch_size = 4
-    elif image_size % patch_size:
+    if image_size % patch_size:
         raise utils.InputError(f"--image_size {image_size} does not divide into patches of {patch_size} pixels")
 
     sizes = f"window {window_size}" if is_swin else f"patch {patch_size}"

@@ -2,14 +2,11 @@
 
 Letters: B images of a batch, N patch tokens, D width, F feature size, n images of the data set, W processes.
 """
-import sys
-
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
 import utils
-from loader import BadImage
 from models.swin_transformer import SwinTransformer
 
 
@@ -65,7 +62,7 @@ def extract_features(model_fn, loader, process, name="images"):
     n = len(loader.dataset)
     features = labels = None
     broken = torch.zeros((), device=process.device)
-    for step, (images, batch_labels, indices) in enumerate(_readable(loader, process)):
+    for step, (images, batch_labels, indices) in enumerate(loader):
         with torch.inference_mode():
             batch = model_fn(images.to(process.device, non_blocking=True)).float().contiguous()
             broken += ~torch.isfinite(batch).all()
@@ -86,18 +83,6 @@ def extract_features(model_fn, loader, process, name="images"):
     if broken:
         raise utils.InputError(f"features of {name} are not finite: the weights hold NaN or overflow")
     return features, labels
-
-
-def _readable(loader, process):
-    """The batches of `loader`; a file that is no image raises InputError in one line, whichever rank meets it."""
-    try:
-        yield from loader
-    except BadImage as error:
-        # From a worker it comes inside the text of a traceback, as the last line.
-        line = str(error).strip().splitlines()[-1].removeprefix("loader.BadImage: ")
-        if process.rank > 0:  # `utils.run` speaks for rank 0 alone
-            print(f"error: {line}", file=sys.stderr, flush=True)
-        raise utils.InputError(line) from None
 
 
 def _gather(tensor, process):
