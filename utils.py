@@ -33,6 +33,7 @@ def run(main):
             # What all met, process 0 says, and the launcher then ends the others; what this one alone met, it must say.
             time.sleep(5)
         print(f"error{f' (process {rank})' if rank else ''}: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         # No clean-up of the process group, which would wait for the others.
         os._exit(1) if dist.is_initialized() else sys.exit(1)
     if dist.is_initialized():
