@@ -4,20 +4,25 @@ Workers deliver uint8 crops (a quarter of the bytes of float32); `normalize` run
 Letters in shape comments: B images of a batch, G global crops, L local crops, S and s their sides in pixels,
 h x w the mask grid of a global crop, M masked cells of a batch.
 """
+import contextlib
+import hashlib
 import math
 import os
+import sys
+import time
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets import ImageFolder
+from torch.utils.data import default_collate
+from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2 import functional as F
 
-from utils import InputError
+from utils import InputError, is_main_process, load_checkpoint, save_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -62,6 +67,9 @@ def load_rgb(path):
                 return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
             if image.mode == "P":  # by way of RGBA: a palette with transparency warns otherwise
                 image = image.convert("RGBA")
+            if image.mode == "RGB":
+                image.load()
+                return image  # convert() would copy it
             return image.convert("RGB")
     except Exception as error:  # decoders raise almost anything on a damaged file
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
@@ -82,12 +90,153 @@ def check_image_folder(path):
         raise InputError(f"data folder {path}: no class folders in it; {hint}")
 
 
+# ---------------------------------------------------------------- listing of an image folder
+
+INDEX_VERSION = 1
+
+
+class FileList(Sequence):
+    """(path, label) of every file, as torchvision's list `samples`, in a few arrays: reference counting would copy
+    millions of Python objects into every worker."""
+
+    def __init__(self, folders, labels, counts, names, ends):
+        self.folders, self.labels = folders, labels  # path and class of each folder
+        self.first = np.cumsum(counts) - counts  # a folder's files follow one another
+        self.names, self.ends = names, ends  # all file names as one array of bytes, and where each ends
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        folder = np.searchsorted(self.first, index, side="right") - 1
+        name = self.names[self.ends[index - 1] if index else 0:self.ends[index]].tobytes()
+        return os.path.join(self.folders[folder], os.fsdecode(name)), int(self.labels[folder])
+
+
+def _bytes(data):
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _walk(root):
+    """List an image folder: dictionary of tensors for `_read_index`, and whether it may be kept.
+
+    Same files in the same order as torchvision's `ImageFolder`, symbolic links followed. A modification time is read
+    before its folder is, so that a change in between shows later; a folder changed less than two seconds ago may change
+    again within one tick of the file system's clock, unseen. Raises `InputError` for a folder that cannot be read
+    (torchvision leaves it out) and for links in a circle.
+    """
+    now, found, pending = time.time_ns(), [], [""]
+    while pending:
+        folder = pending.pop()
+        path = os.path.join(root, folder)
+        files = []
+        try:
+            modified = os.stat(path).st_mtime_ns
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        pending.append(os.path.join(folder, entry.name))
+                    elif folder and entry.name.lower().endswith(IMG_EXTENSIONS):
+                        files.append(entry.name)
+        except OSError as error:
+            raise InputError(f"data folder {path}: {error.strerror}") from error
+        found.append((folder.split(os.sep)[0], folder, modified, sorted(files)))
+    found.sort()  # class by class
+    names = [os.fsencode(name) for *_, files in found for name in files]
+    index = {
+        "version": INDEX_VERSION,
+        "extensions": list(IMG_EXTENSIONS),
+        "folders": _bytes(os.fsencode("\0".join(folder for _, folder, *_ in found))),  # relative; the root is the first
+        "modified": torch.tensor([modified for *_, modified, _ in found]),
+        "counts": torch.tensor([len(files) for *_, files in found]),
+        "names": _bytes(b"".join(names)),
+        "ends": torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0),
+    }
+    return index, all(now - modified > 2e9 for _, _, modified, _ in found)
+
+
+def _folders(index):
+    return os.fsdecode(index["folders"].numpy().tobytes()).split("\0")
+
+
+def _read_index(path, root):
+    """The index at `path`, or None when there is none, it is broken, or a folder changed since."""
+    try:
+        index = load_checkpoint(path)
+    except InputError:
+        return None
+    if index.get("version") != INDEX_VERSION or index.get("extensions") != list(IMG_EXTENSIONS):
+        return None
+    try:
+        modified = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in _folders(index)]
+    except OSError:
+        return None
+    return index if modified == index["modified"].tolist() else None
+
+
+@contextlib.contextmanager
+def _lock(path):
+    """Hold the lock file `path` against other processes of this machine; nobody is kept out where that cannot be had."""
+    with open(path, "wb") as file:
+        with contextlib.suppress(ImportError, OSError):  # not POSIX; a file system without locks
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@lru_cache
+def _note(text):
+    if is_main_process():
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def folder_index(root):
+    """Listing of the image folder `root`, from `$XDG_CACHE_HOME/ibot/` (default `~/.cache/ibot/`) while it holds.
+
+    It holds as long as no folder in it has another modification time. Of several processes one walks the folder and the
+    others wait. Where nothing can be written there each walks, and says so once.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+    path = Path(base, "ibot", f"{name}.index")
+    index = _read_index(path, root)
+    if index is not None:
+        return index
+    check_image_folder(root)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_suffix(".lock")):
+            index = _read_index(path, root)
+            if index is None:
+                index, lasting = _walk(root)
+                if lasting:
+                    save_atomically(index, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        _note(f"no index of image folders can be kept ({error}); each start walks them")
+    return index or _walk(root)[0]
+
+
 class CheckedImageFolder(ImageFolder):
-    """torchvision's `ImageFolder` on `load_rgb`, whose errors are `InputError`s of one line."""
+    """torchvision's `ImageFolder` on `load_rgb` and `folder_index`, whose errors are `InputError`s of one line."""
 
     def __init__(self, root, transform=None, target_transform=None):
-        check_image_folder(root)
-        super().__init__(root, transform, target_transform, loader=load_rgb, allow_empty=True)
+        # Not ImageFolder's, which walks the folder and makes a tuple of every file.
+        VisionDataset.__init__(self, root, transform=transform, target_transform=target_transform)
+        self.root = os.path.expanduser(root)
+        index = folder_index(self.root)
+        folders = _folders(index)
+        self.loader, self.extensions = load_rgb, IMG_EXTENSIONS
+        self.classes = sorted(folder for folder in folders if folder and os.sep not in folder)
+        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
+        labels = np.array([self.class_to_idx.get(folder.split(os.sep)[0], -1) for folder in folders])
+        counts = index["counts"].numpy()
+        self.samples = self.imgs = FileList([os.path.join(self.root, folder) for folder in folders], labels, counts,
+                                            index["names"].numpy(), index["ends"].numpy())
+        # A list as in torchvision, but all files of a class share one number, for the reason that `FileList` gives.
+        self.targets = np.arange(len(self.classes)).astype(object)[labels.repeat(counts)].tolist()
         empty = sorted(set(self.classes) - {self.classes[label] for label in set(self.targets)})
         if empty:
             names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
@@ -118,16 +267,17 @@ def block_mask(height, width, ratio, rng, aspect=(0.3, 1 / 0.3)):
     mask = np.zeros((height, width), dtype=bool)
     left = ratio * height * width  # not rounded
     min_area = (min(height, width) // 3) ** 2
-    log_aspect = np.log(aspect)
+    log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
     attempts = 0
     while left > 0 and attempts < 10:
         attempts += 1
-        area = min_area + (left - min_area) * rng.random()  # `left` may be the smaller end
-        aspect_ratio = math.exp(rng.uniform(*log_aspect))
+        u = rng.random(4).tolist()
+        area = min_area + (left - min_area) * u[0]  # `left` may be the smaller end
+        aspect_ratio = math.exp(log_low + (log_high - log_low) * u[1])
         h, w = round(math.sqrt(area * aspect_ratio)), round(math.sqrt(area / aspect_ratio))
         if h >= height or w >= width:
             continue
-        top, start = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        top, start = int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1))
         rectangle = mask[top:top + h, start:start + w]
         added = h * w - np.count_nonzero(rectangle)
         if 0 < added <= left:
@@ -154,7 +304,8 @@ class ImageFolderMask(CheckedImageFolder):
 
     Args:
         transform: PIL RGB image -> list of [3, S, S] tensors, global crops first. The first
-            `transform.global_crops_number` crops get masks, all of them when it has no such attribute.
+            `transform.global_crops_number` crops get masks, all of them when it has no such attribute. With
+            `transform.photometry == "device"` it gives (crops, rows), and items are (crops, label, masks, rows).
         patch_size: pixels per side of a mask cell (the patch size of a ViT, 32 for Swin).
         pred_ratio, pred_ratio_var: a number or a list each, see `draw_ratio`; one variance may serve all ratios.
         pred_aspect_ratio: range of the rectangles of block masks.
@@ -213,8 +364,11 @@ class ImageFolderMask(CheckedImageFolder):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would seed the GPUs too
             crops = self.transform(image)
+        rest = ()
+        if getattr(self.transform, "photometry", None) == "device":
+            crops, *rest = crops
         masked = getattr(self.transform, "global_crops_number", len(crops))
-        return crops, label, [self._draw_mask(crop, rng) for crop in crops[:masked]]
+        return crops, label, [self._draw_mask(crop, rng) for crop in crops[:masked]], *rest
 
     def _load(self, index, rng):
         for _ in range(MAX_BAD_IN_A_ROW):
@@ -241,115 +395,216 @@ class ImageFolderMask(CheckedImageFolder):
 
 # ---------------------------------------------------------------- augmentation
 
-def adjust_hue(image, factor):
-    """Turn the hue of a float [3, H, W] image by `factor` of the circle; the same as torchvision's to 1e-6.
+# A crop's photometry is one float32 row: the four jitter operations in the order in which they are applied, their factors
+# in that order, whether to grey and to solarise, and the taps 0..6 of the blur (1, 0, ... for none).
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+ROW = (4, 4, 1, 1, 7)
+BOX_DRAWS, ROW_DRAWS = 2 + 2 * 10, 13  # uniform numbers that a crop takes
+COSINES = np.cos(2 * np.pi / 13 * np.outer(range(7), range(7)))
+
+
+def blur_taps(sigma):
+    """Taps 0..6 of the symmetric filter by which Pillow blurs: three extended box filters (Gwosdek et al., 2011).
+
+    Each has variance sigma**2 / 3 exactly: a box of ones, here one or three, between two fractional ends. (A sampled
+    Gaussian of small sigma hardly blurs.) `sigma` [n] in pixels, 0 to 2 -> float64 [n, 7], rows 1, 0, ... where it is 0.
+    """
+    variance = sigma[:, None] ** 2 / 3
+    box = np.where(variance < 2 / 3, (1, 0, 0) + variance * (-1, 0.5, 0), (0.4, 0.4, -0.1) + variance * (-0.1, -0.1, 0.15))
+    # Convolved by way of the cosine transform on a circle that just holds the 2 * 6 + 1 taps.
+    spectrum = (box * (1, 2, 2)) @ COSINES[:3]
+    return spectrum**3 @ (COSINES * (2 / 13)) - spectrum[:, :1] ** 3 / 13
+
+
+def draw_box(uniform, width, height, scale):
+    """Box of a random resized crop, distributed as in torchvision's `RandomResizedCrop.get_params`.
+
+    Args:
+        uniform: list of BOX_DRAWS floats in [0, 1).
+        width, height: of the image in pixels.
+        scale: range of the box's area relative to the image's; its aspect is log-uniform in 3/4..4/3.
+
+    Returns (left, top, width, height). Of ten attempts the first that fits inside the image counts; when none does, the
+    largest centred box of an aspect in 3/4..4/3.
+    """
+    low, high = scale
+    for area, aspect in zip(uniform[2::2], uniform[3::2], strict=True):
+        side = math.sqrt((low + (high - low) * area) * width * height)
+        stretch = (4 / 3) ** (aspect - 0.5)  # square root of the aspect
+        w, h = round(side * stretch), round(side / stretch)
+        if 0 < w <= width and 0 < h <= height:
+            return int(uniform[0] * (width - w + 1)), int(uniform[1] * (height - h + 1)), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def draw_photometry(uniform, blur_p, solarize_p):
+    """Photometry of n crops: uniform [n, ROW_DRAWS] in [0, 1), probabilities [n] -> float32 rows [n, 17].
+
+    Jitter with probability 0.8 (brightness and contrast 0.4, saturation 0.2, hue 0.1), grey 0.2, as in the reference.
+    """
+    jitter = (2 * uniform[:, 1:5] - 1) * (uniform[:, :1] < 0.8)
+    factors = jitter * (0.4, 0.4, 0.2, 0.1) + (1, 1, 1, 0)
+    order = uniform[:, 5:9].argsort(axis=1)
+    rows = np.empty((len(uniform), sum(ROW)), np.float32)
+    rows[:, :4] = order
+    rows[:, 4:8] = np.take_along_axis(factors, order, axis=1)
+    rows[:, 8] = uniform[:, 9] < 0.2
+    rows[:, 9] = uniform[:, 10] < solarize_p
+    rows[:, 10:] = blur_taps((0.1 + 1.9 * uniform[:, 12]) * (uniform[:, 11] < blur_p))
+    return rows
+
+
+def _luma(images):
+    """[..., 3, H, W] -> [..., 1, H, W] with the weights of ITU-R 601."""
+    r, g, b = images.unbind(-3)
+    return (r * 0.299).add_(g, alpha=0.587).add_(b, alpha=0.114).unsqueeze(-3)
+
+
+def adjust_hue(images, factor):
+    """Turn the hue of float images [..., 3, H, W] by `factor` [..., 1, 1] of the circle; as torchvision's to 1e-6.
 
     Value and saturation stay, so with hi, lo the largest and smallest channel of a pixel each channel is
-    lo + (hi - lo) * t(hue), t a trapezoid wave with red, green and blue a third of the circle apart. Four times faster
+    lo + (hi - lo) * t(hue), t a trapezoid wave with red, green and blue a third of the circle apart. Several times faster
     on CPU than by way of HSV, where it would be the most expensive operation of all.
     """
-    r, g, b = image
+    r, g, b = images.unbind(-3)
     hi = torch.maximum(torch.maximum(r, g), b)
     lo = torch.minimum(torch.minimum(r, g), b)
     chroma = hi - lo
-    sextant = torch.where(hi == r, g - b, torch.where(hi == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    hue = sextant.mul_((6 * chroma).clamp_(min=1e-6).reciprocal_()).add_(factor)
-    # frac keeps the sign, so the channels' phases 0, 2/3, 1/3 start one turn on.
-    phase = hue + torch.tensor([1, 5 / 3, 4 / 3], device=image.device).view(3, 1, 1)
-    return phase.frac_().sub_(0.5).abs_().mul_(6).sub_(1).clamp_(0, 1).mul_(chroma).add_(lo)
+    # Distance from red along the hexagon, 0..3 sixths, is 1 - t(red) + t(green) + t(blue); no branch for each sextant.
+    hue = (chroma - r).add_(g).add_(b).sub_(lo).div_((6 * chroma).clamp_(min=1e-6))
+    hue = torch.copysign(hue, g - b).add_(factor)
+    # frac keeps the sign, so the channels' phases 0, 2/3, 1/3 start some turns on. (arange: no copy from the host.)
+    phase = hue.unsqueeze(-3) + (2 - torch.arange(3, device=images.device) / 3).view(3, 1, 1)
+    wave = phase.frac_().sub_(0.5).abs_().mul_(6).sub_(1).clamp_(0, 1)
+    return wave.mul_(chroma.unsqueeze(-3)).add_(lo.unsqueeze(-3))
 
 
-def _blur_taps(sigma):
-    """Taps 0..r of the symmetric filter by which Pillow blurs: three extended box filters (Gwosdek et al., 2011).
-
-    Each has variance sigma**2 / 3 exactly: a box of `width` ones between two fractional ends. (A sampled Gaussian of
-    small sigma hardly blurs.)
-    """
-    variance = sigma**2 / 3
-    half = int((math.sqrt(12 * variance + 1) - 1) / 2)
-    width = 2 * half + 1
-    end = width * (variance - half * (half + 1) / 3) / (2 * ((half + 1) ** 2 - variance))
-    box = np.array([end] + [1] * width + [end]) / (width + 2 * end)
-    taps = np.convolve(np.convolve(box, box), box)
-    return taps[len(taps) // 2:].tolist()
-
-
-def gaussian_blur(image, sigma):
-    """Blur a float [3, H, W] image with standard deviation `sigma` pixels as Pillow's GaussianBlur(sigma) does.
+def gaussian_blur(images, taps):
+    """Blur float images [..., 3, H, W] with `taps` [..., R + 1] of `blur_taps` as Pillow's GaussianBlur does.
 
     A sum of shifted images along each axis: on CPU faster than Pillow or a depthwise convolution. Only in the outermost
-    pixels (radius at most 6) do the two differ by more than rounding: Pillow extends the border anew before each box.
+    pixels (R, at most 6) do the two differ by more than rounding: Pillow extends the border anew before each box.
     """
-    taps = _blur_taps(sigma)
-    radius = len(taps) - 1
-    for dim, padding in ((2, (radius, radius, 0, 0)), (1, (0, 0, radius, radius))):
-        size = image.shape[dim]
-        padded = torch.nn.functional.pad(image, padding, mode="replicate")
-        image = image * taps[0]
-        for shift in range(1, radius + 1):
-            image.add_(padded.narrow(dim, radius - shift, size), alpha=taps[shift])
-            image.add_(padded.narrow(dim, radius + shift, size), alpha=taps[shift])
-    return image
+    centre, *taps = taps[..., None, None, None].movedim(-4, 0)  # each [..., 1, 1, 1]
+    radius = len(taps)
+    for dim, padding in ((-1, (radius, radius, 0, 0)), (-2, (0, 0, radius, radius))):
+        size = images.shape[dim]
+        padded = torch.nn.functional.pad(images, padding, mode="replicate")
+        images = images * centre
+        for shift, tap in enumerate(taps, 1):
+            images.addcmul_(padded.narrow(dim, radius - shift, size), tap)
+            images.addcmul_(padded.narrow(dim, radius + shift, size), tap)
+    return images
 
 
-def chance(probability):
-    return torch.rand(()).item() < probability
+def _to_uint8(images):
+    return (images * 255).add_(0.5).to(torch.int16).to(torch.uint8)  # straight to uint8 takes twice as long on CPU
 
 
-def random_crop(image, size, scale):
-    """Geometry of a crop: resized crop (bicubic, aspect 3/4..4/3) and flip; uint8 [3, H, W] -> [3, size, size]."""
-    box = RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
-    crop = F.resized_crop(image, *box, (size, size), interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return F.horizontal_flip(crop) if chance(0.5) else crop
+def _solarize(images):
+    return torch.minimum(images, ~images)  # inverts all values >= 128
 
 
-def random_photometry(crop, blur_p, solarize_p):
-    """Colours of a crop: jitter, grey, blur and solarise in this order, with the reference's probabilities and ranges.
+def photometry_of_crop(crop, row):
+    """`apply_photometry` for one crop on CPU, fast because it skips what its row leaves out.
 
     uint8 [3, S, S] in and out; float32 in between, which is faster than 8 bits or Pillow and rounds only once.
     """
-    x = crop / 255
-    if chance(0.8):
-        order, brightness, contrast, saturation, hue = ColorJitter.get_params(
-            (0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
-        for operation in order.tolist():
-            if operation == 0:
-                x = F.adjust_brightness(x, brightness)
-            elif operation == 1:
-                x = F.adjust_contrast(x, contrast)
-            elif operation == 2:
-                x = F.adjust_saturation(x, saturation)
-            else:
-                x = adjust_hue(x, hue)
-    if chance(0.2):
-        x = F.rgb_to_grayscale(x, num_output_channels=3)
-    if chance(blur_p):
-        x = gaussian_blur(x, sigma=torch.empty(()).uniform_(0.1, 2).item())
-    crop = (x * 255).add_(0.5).to(torch.uint8)
-    if chance(solarize_p):
-        crop = torch.minimum(crop, ~crop)  # inverts all values >= 128
-    return crop
+    x = crop.contiguous() / 255
+    values = row.tolist()
+    for operation, factor in zip(values[:4], values[4:8], strict=True):
+        if operation == HUE:
+            x = adjust_hue(x, factor) if factor else x
+        elif factor != 1:  # a blend with black, the mean luma or the luma
+            luma = _luma(x) if operation != BRIGHTNESS else x.new_zeros(())
+            x = x.mul_(factor).add_(luma.mean() if operation == CONTRAST else luma, alpha=1 - factor).clamp_(0, 1)
+    if values[8]:
+        x = _luma(x)
+    radius = sum(tap > 1e-6 for tap in values[10:]) - 1
+    if radius:
+        x = gaussian_blur(x, row[10:11 + radius])
+    x = _to_uint8(x)
+    return (_solarize(x) if values[9] else x).expand(3, -1, -1).contiguous()
+
+
+def apply_photometry(crops, rows):
+    """Colours of a batch of crops, each by its own row and in its own order, on the crops' device.
+
+    uint8 [n, 3, S, S], float32 [n, 17] (see `draw_photometry`) -> uint8 [n, 3, S, S], contiguous; equal to
+    `photometry_of_crop` within one level. The host is never waited for, and no shape depends on the rows: may be compiled.
+    """
+    order, factors, grey, solarize, taps = rows.split(ROW, dim=1)
+    is_hue = order == HUE
+    before = is_hue.cumsum(dim=1) == 0
+
+    def blends(x, wanted, steps):
+        scale = torch.where(wanted, factors, 1.0)
+        to_mean, to_luma = (1 - scale) * (order == CONTRAST), (1 - scale) * (order == SATURATION)
+        for k in steps:
+            f, m, g = (v[:, k, None, None, None] for v in (scale, to_mean, to_luma))
+            luma = _luma(x)
+            anchor = torch.addcmul(luma.mean(dim=(2, 3), keepdim=True) * m, luma, g)
+            x = torch.addcmul(anchor, x, f).clamp_(0, 1)
+        return x
+
+    # Hue is the dearest and stands anywhere among the four: so three blends, hue, and three blends again, of which each
+    # crop takes those before and those after its own hue and gives the others factor 1.
+    x = blends(crops.contiguous() / 255, before, (0, 1, 2))
+    x = adjust_hue(x, (factors * is_hue).sum(dim=1)[:, None, None])
+    x = blends(x, ~(before | is_hue), (1, 2, 3))
+    x = torch.where(grey[..., None, None] > 0, _luma(x), x)
+    x = _to_uint8(gaussian_blur(x, taps))
+    return torch.where(solarize[..., None, None] > 0, _solarize(x), x)
 
 
 class MultiCropAugmentation:
     """PIL RGB image -> list of uint8 [3, S, S] crops: the first global crop, the other global ones, the local ones.
 
     The distribution is the reference's. Scales are area ranges relative to the image, sizes are pixels. All draws
-    come from torch's CPU generator.
+    come from torch's CPU generator. With photometry="device" the crops are only cut and flipped, and a call gives
+    (crops, rows): float32 [G + L, 17] for `apply_photometry` to finish the crops on the training device.
     """
 
     def __init__(self, global_crops_number=2, global_crops_scale=(0.14, 1.0), local_crops_number=0,
-                 local_crops_scale=(0.05, 0.4), global_crops_size=224, local_crops_size=96):
+                 local_crops_scale=(0.05, 0.4), global_crops_size=224, local_crops_size=96, photometry="cpu"):
+        if photometry not in ("cpu", "device"):
+            raise InputError(f"photometry {photometry!r}: must be cpu or device")
+        self.photometry = photometry
         self.global_crops_number = global_crops_number
-        first, others, local = (1.0, 0.0), (0.1, 0.2), (0.5, 0.0)  # probabilities of blur and of solarise
-        self.crops = [(global_crops_size, tuple(global_crops_scale), *p)
-                      for p in [first] + [others] * (global_crops_number - 1)]
-        self.crops += [(local_crops_size, tuple(local_crops_scale), *local)] * local_crops_number
+        others = global_crops_number - 1
+        self.sizes = [global_crops_size] * global_crops_number + [local_crops_size] * local_crops_number
+        self.scales = [global_crops_scale] * global_crops_number + [local_crops_scale] * local_crops_number
+        self.blur_p = np.array([1.0] + [0.1] * others + [0.5] * local_crops_number)
+        self.solarize_p = np.array([0.0] + [0.2] * others + [0.0] * local_crops_number)
 
     def __call__(self, image):
-        image = F.pil_to_tensor(image)  # stays interleaved in memory, for which resizing is fastest
-        return [random_photometry(random_crop(image, size, scale), blur_p, solarize_p)
-                for size, scale, blur_p, solarize_p in self.crops]
+        boxes, flips, rows = self.draw(*image.size)
+        crops = self.cut(np.asarray(image), boxes, flips)
+        if self.photometry == "device":
+            return crops, rows
+        return [photometry_of_crop(crop, row) for crop, row in zip(crops, rows, strict=True)]
+
+    def draw(self, width, height):
+        """Everything random about the crops of an image: their boxes, whether each is flipped, float32 rows [G + L, 17]."""
+        # One call for all: drawing number by number took as long as the masks of a sample.
+        uniform = torch.rand(len(self.sizes), ROW_DRAWS + 1 + BOX_DRAWS).numpy()
+        rows = draw_photometry(uniform[:, :ROW_DRAWS], self.blur_p, self.solarize_p)
+        flips = uniform[:, ROW_DRAWS] < 0.5
+        boxes = [draw_box(u, width, height, scale)
+                 for u, scale in zip(uniform[:, ROW_DRAWS + 1:].tolist(), self.scales, strict=True)]
+        return boxes, flips, torch.from_numpy(rows)
+
+    def cut(self, pixels, boxes, flips):
+        """Boxes of uint8 pixels [H, W, 3], each resized (bicubic) to its size -> list of uint8 [3, S, S], interleaved."""
+        crops = []
+        for (left, top, width, height), size, flip in zip(boxes, self.sizes, flips, strict=True):
+            # A copy without gaps: what resizing is fastest on. It leaves pixels interleaved, and so does flipping.
+            box = torch.from_numpy(pixels[top:top + height, left:left + width].copy())[None].permute(0, 3, 1, 2)
+            crop = torch.nn.functional.interpolate(box, (size, size), mode="bicubic", antialias=True)
+            crops.append((crop.flip(3) if flip else crop)[0])
+        return crops
 
 
 # ---------------------------------------------------------------- batches
@@ -359,32 +614,93 @@ class Batch(NamedTuple):
 
     `mask_index` lists the masked cells of the flattened `masks`: nonzero() on a GPU would stall it. `mask_weight` is
     what each adds to the patch loss: 1 / (masked cells of its crop * G * B), the means over cells, images and crops.
+    Padding has index 0 and weight 0.
     """
-    global_crops: torch.Tensor  # uint8 [G, B, 3, S, S]
-    local_crops: torch.Tensor | None  # uint8 [L, B, 3, s, s]
+    global_crops: torch.Tensor  # uint8 [G, B, 3, S, S]; after `finish_batch` float32
+    local_crops: torch.Tensor | None  # uint8 [L, B, 3, s, s]; after `finish_batch` float32
     labels: torch.Tensor  # int64 [B]
     masks: torch.Tensor  # bool [G, B, h, w]
     mask_index: torch.Tensor  # int64 [M], into G * B * h * w
     mask_weight: torch.Tensor  # float32 [M]
+    photometry: torch.Tensor | None = None  # float32 [G + L, B, 17], what is left for the device to do
 
 
-def collate(samples):
-    """List of B items of `ImageFolderMask` -> `Batch`."""
-    crops, labels, masks = zip(*samples, strict=True)
+def collate(samples, pad_masks=1):
+    """List of B items of `ImageFolderMask` -> `Batch`.
+
+    M is padded to a multiple of `pad_masks`, to one at least when that is above 1, so that compiled code meets few sizes.
+    """
+    crops, labels, masks, *photometry = zip(*samples, strict=True)
     masks = torch.from_numpy(np.stack(masks, axis=1))  # [G, B, h, w]
     positions = list(zip(*crops, strict=True))  # G + L tuples of B crops
     counts = masks.sum(dim=(2, 3)).flatten()  # [G * B]
+    index = masks.flatten().nonzero().flatten()
     weights = 1 / (counts.clamp(min=1) * len(counts))
+    padding = (0, max(math.ceil(len(index) / pad_masks), pad_masks > 1) * pad_masks - len(index))
     return Batch(
         _stack(positions[:len(masks)]),
         _stack(positions[len(masks):]) if len(positions) > len(masks) else None,
         torch.tensor(labels),
         masks,
-        masks.flatten().nonzero().flatten(),
-        weights.repeat_interleave(counts),
+        torch.nn.functional.pad(index, padding),
+        torch.nn.functional.pad(weights.repeat_interleave(counts), padding),
+        torch.stack(photometry[0], dim=1) if photometry else None,
     )
 
 
 def _stack(positions):
-    """P tuples of B crops [3, S, S] -> [P, B, 3, S, S], copied once."""
-    return torch.stack([crop for position in positions for crop in position]).unflatten(0, (len(positions), -1))
+    """P tuples of B crops [3, S, S] -> [P, B, 3, S, S] of the crops' layout in memory, copied once (shared in a worker)."""
+    crops = [crop for position in positions for crop in position]
+    if crops[0].is_contiguous():
+        stacked = default_collate(crops)
+    else:
+        stacked = default_collate([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
+    return stacked.unflatten(0, (len(positions), -1))
+
+
+def finish_batch(batch, photometry=apply_photometry):
+    """`Batch` of uint8 crops, on the training device -> the same with normalised float32 crops, ready for the networks.
+
+    What `batch.photometry` asks for is done first, one crop position at a time: temporaries are of B crops, not of
+    (G + L) B. `photometry` may be a compiled `apply_photometry`.
+    """
+    crops = [batch.global_crops, batch.local_crops]
+    if batch.photometry is not None:
+        rows = batch.photometry.split([0 if x is None else len(x) for x in crops])
+        crops = [None if x is None else torch.stack([photometry(*pair) for pair in zip(x, r, strict=True)])
+                 for x, r in zip(crops, rows, strict=True)]
+    global_crops, local_crops = (None if x is None else normalize(x) for x in crops)
+    return batch._replace(global_crops=global_crops, local_crops=local_crops, photometry=None)
+
+
+def device_batches(data_loader, device, photometry=apply_photometry):
+    """Batches of a DataLoader, moved to `device` and finished there (`finish_batch`).
+
+    On CUDA the next batch is copied on a side stream while the caller computes on the current one (with
+    `pin_memory=True`; without, the copy waits). At most one batch is fetched ahead.
+    """
+    def move(batch):
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in batch))
+
+    if device.type != "cuda":
+        for batch in data_loader:
+            yield finish_batch(move(batch), photometry)
+        return
+
+    batches, side = iter(data_loader), torch.cuda.Stream(device)
+
+    def fetch():
+        batch = next(batches, None)
+        with torch.cuda.stream(side):
+            return batch and move(batch)
+
+    following = fetch()
+    while following is not None:
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)  # before the next copy is queued, or it would be waited for too
+        for x in following:
+            if x is not None:
+                x.record_stream(main)  # its memory may not go to a later copy before `main` has read it
+        batch = finish_batch(following, photometry)
+        following = fetch()
+        yield batch

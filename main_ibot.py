@@ -7,7 +7,7 @@
 The student sees masked global crops and plain local crops; the teacher, its moving average, sees the unmasked global
 crops. Section numbers are the paper's (arXiv 2111.07832).
 
-Letters in shape comments: B images per process, G global crops, L local crops, N patch tokens of a global crop,
+Letters in shape comments: B images of a batch, G global crops, L local crops, N patch tokens of a global crop,
 M masked patches of the batch, K outputs of the head, W processes.
 """
 import argparse
@@ -15,11 +15,14 @@ import json
 import math
 import shutil
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 
@@ -77,7 +80,9 @@ def get_args_parser():
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", default=100, type=int)
-    optim.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process")
+    optim.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process that are computed at once")
+    optim.add_argument("--accum_iter", default=1, type=int,
+                       help="batches per process to add up for each update: the same update as one large batch")
     optim.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"))
     optim.add_argument("--lr", default=0.0005, type=float, help="peak rate for a total batch of 256, scaled linearly")
     optim.add_argument("--warmup_epochs", default=10, type=int, help="epochs of linear warm-up of the rate")
@@ -90,7 +95,8 @@ def get_args_parser():
     optim.add_argument("--momentum_teacher", default=0.996, type=float, help="EMA momentum at the start; rises to 1")
     optim.add_argument("--use_fp16", default=True, type=flag, help="mixed precision")
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
-                       help="auto: on CUDA bfloat16 if the GPU has it, else float16 with a gradient scaler; off elsewhere")
+                       help="auto: bfloat16 on GPUs that have it and CPUs with matrix units for it (AMX), float16 with "
+                            "a gradient scaler on other CUDA devices, off elsewhere")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", default=None, type=str, help="folder with one sub-folder of images per class or more")
@@ -100,7 +106,10 @@ def get_args_parser():
     data.add_argument("--local_crops_number", default=0, type=int, help="10 in the multi-crop recipes")
     data.add_argument("--local_crops_scale", default=[0.05, 0.4], type=float, nargs=2)
     data.add_argument("--local_crops_size", default=96, type=int)
-    data.add_argument("--num_workers", default=10, type=int, help="loader processes per training process")
+    data.add_argument("--num_workers", default=None, type=int,
+                      help="loader processes per training process; default: the cores there are, less one, at most 10")
+    data.add_argument("--augment_on", default="auto", choices=("auto", "cpu", "device"),
+                      help="where colours are changed: in the loader's processes or on the training device; auto: on a GPU")
     data.add_argument("--on_bad_image", default="skip", choices=("error", "skip"),
                       help="skip: another image takes the place of one that cannot be read; counted and named")
 
@@ -112,6 +121,10 @@ def get_args_parser():
     run.add_argument("--saveckp_freq", default=40, type=int,
                      help="also keep checkpointNNNN.pth every so many epochs; 0: never")
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
+    run.add_argument("--compile", default=None, type=flag,
+                     help="compile blocks, head and loss (a minute or more at the start); default: on CUDA")
+    run.add_argument("--grad_checkpointing", default=False, type=flag,
+                     help="compute each block again in the backward pass instead of keeping its activations")
     run.add_argument("--seed", default=0, type=int)
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     run.add_argument("--dist_url", default="env://", type=str, help="rendezvous of several processes")
@@ -127,11 +140,12 @@ def check_args(args):
 
     need(args.data_path, "--data_path is missing: the image folder to train on, one sub-folder per class")
     for name in ("epochs", "batch_size_per_gpu", "out_dim", "patch_out_dim", "head_hidden_dim", "patch_size", "window_size",
-                 "print_freq", "global_crops_number", "global_crops_size", "local_crops_size"):
+                 "print_freq", "accum_iter", "global_crops_number", "global_crops_size", "local_crops_size"):
         need(getattr(args, name) >= 1, f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "pred_start_epoch",
+    for name in ("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs", "pred_start_epoch",
                  "freeze_last_layer", "saveckp_freq", "clip_grad", "lambda1", "lambda2", "lr", "min_lr", "seed"):
         need(getattr(args, name) >= 0, f"--{name} must not be negative: {getattr(args, name)}")
+    need(args.num_workers is None or args.num_workers >= 0, f"--num_workers must not be negative: {args.num_workers}")
     for name in ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_patch_temp", "teacher_patch_temp"):
         need(getattr(args, name) > 0, f"--{name} must be positive: {getattr(args, name)}")
     for name in ("momentum_teacher", "center_momentum", "patch_center_momentum"):
@@ -179,6 +193,43 @@ def check_args(args):
 
 # ---------------------------------------------------------------- the loss
 
+def in_pieces(cross_entropy, size=2**22):
+    """A `cross_entropy` over rows that takes some `size` logits at a time, and again in the backward pass: beside the
+    logits themselves no [M, K'] is kept."""
+    def summed(student, teacher, weight, *args, **kwargs):
+        rows = max(1, size // student.shape[1])
+        pieces = zip(student.split(rows), teacher.split(rows), weight.split(rows), strict=True)
+        return sum(checkpoint(cross_entropy, *piece, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+                   for piece in pieces)
+    return summed
+
+
+def cls_cross_entropy(student, teacher, center, student_temp, teacher_temp):
+    """Mean of H(teacher crop q, student crop v) over images and all pairs v != q (Equation 2's first part).
+
+    student: [G+L, B, K] logits, global crops first; teacher: [G, B, K]. In float32 at least.
+    """
+    student, teacher = (models.at_least_float32(x) for x in (student, teacher))
+    G, s = len(teacher), student / student_temp
+    t = ((teacher - center) / teacher_temp).softmax(dim=-1)
+    # Targets sum to 1, so the cross-entropy of a pair (q, v) is logsumexp(s_v) - t_q . s_v; its sum over v != q needs
+    # only the sum over v of s_v.
+    lse = s.logsumexp(dim=-1)  # [G+L, B]
+    pairs = lse.sum(dim=0) - lse[:G] - (t * (s.sum(dim=0) - s[:G])).sum(dim=-1)  # [G, B]
+    return pairs.sum() / (pairs.numel() * (len(s) - 1))
+
+
+def patch_cross_entropy(student, teacher, weight, center, student_temp, teacher_temp, hard=False):
+    """Sum of weight * H(teacher patch, student patch), Equation 1: logits [M, K'], weights [M]. In float32 at least.
+
+    hard: the teacher's arg-max as the target.
+    """
+    s = models.at_least_float32(student) / student_temp
+    t = (models.at_least_float32(teacher) - center) / teacher_temp
+    target = s.gather(1, t.argmax(dim=-1, keepdim=True)).squeeze(1) if hard else (t.softmax(dim=-1) * s).sum(dim=-1)
+    return ((s.logsumexp(dim=-1) - target) * weight).sum()
+
+
 class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
     """Cross-entropy of [CLS] tokens across views and of masked patches within a view (Equations 1 and 2), with centres.
 
@@ -201,10 +252,17 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         self.patch_centering, self.patch_targets = patch_centering, patch_targets
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.register_buffer("center2", torch.zeros(1, 1, patch_out_dim))
+        self.teacher_means = []  # of the batches since the centres last moved
+        self.cls_cross_entropy, self.patch_cross_entropy = cls_cross_entropy, in_pieces(patch_cross_entropy)
+
+    def compile(self):
+        """Compile the two cross-entropies; no copy of the logits then reaches memory."""
+        self.cls_cross_entropy = torch.compile(cls_cross_entropy)
+        self.patch_cross_entropy = torch.compile(patch_cross_entropy)
 
     def forward(self, student_cls, student_patch, teacher_cls, teacher_patch, teacher_patch_mean, mask_weight,
                 global_crops_number, epoch):
-        """The losses of this step; the centres then move towards this step's teacher outputs.
+        """The losses of a batch; its teacher outputs are noted for `update_centers`.
 
         Args:
             student_cls: [(G+L)*B, K], global crops first, crop by crop. teacher_cls: [G*B, K].
@@ -215,41 +273,29 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         Returns:
             {"loss", "cls", "patch"}, 0-d tensors; loss = lambda1 cls + lambda2 patch.
         """
-        G = global_crops_number
-        # Losses and centres are float32 at least, whatever the mixed precision.
-        student_cls, student_patch, teacher_cls, teacher_patch = (
-            models.at_least_float32(x) for x in (student_cls, student_patch, teacher_cls, teacher_patch))
-
-        s = (student_cls / self.student_temp).unflatten(0, (-1, len(teacher_cls) // G))  # [G+L, B, K]
-        t = ((teacher_cls - self.center) / self.teacher_temps[epoch]).softmax(dim=-1).view_as(s[:G])  # [G, B, K]
-        # Targets sum to 1, so the cross-entropy of a pair (q, v) is logsumexp(s_v) - t_q . s_v; its sum over v != q needs
-        # only the sum over v of s_v.
-        lse = s.logsumexp(dim=-1)  # [G+L, B]
-        pairs = lse.sum(dim=0) - lse[:G] - (t * (s.sum(dim=0) - s[:G])).sum(dim=-1)  # [G, B]
-        cls_loss = pairs.sum() / (pairs.numel() * (len(s) - 1))
-
-        s = student_patch / self.student_temp  # [M, K']
-        logits = (teacher_patch - self.center2[0]) / self.teacher_patch_temps[epoch]
-        if self.patch_targets == "hard":
-            target = s.gather(1, logits.argmax(dim=-1, keepdim=True)).squeeze(1)
-        else:
-            target = (logits.softmax(dim=-1) * s).sum(dim=-1)
-        patch_loss = ((s.logsumexp(dim=-1) - target) * mask_weight).sum()
-
-        self.update_centers(teacher_cls, teacher_patch_mean)
+        B = len(teacher_cls) // global_crops_number
+        # As tensors: compiled code takes a new number for a new program.
+        temp, patch_temp = (torch.tensor(temps[epoch]) for temps in (self.teacher_temps, self.teacher_patch_temps))
+        cls_loss = self.cls_cross_entropy(student_cls.unflatten(0, (-1, B)), teacher_cls.unflatten(0, (-1, B)), self.center,
+                                          self.student_temp, temp)
+        patch_loss = self.patch_cross_entropy(student_patch, teacher_patch, mask_weight, self.center2[0], self.student_temp,
+                                              patch_temp, hard=self.patch_targets == "hard")
+        self.teacher_means.append((models.at_least_float32(teacher_cls).mean(dim=0), teacher_patch_mean))
         return {"loss": self.lambda1 * cls_loss + self.lambda2 * patch_loss, "cls": cls_loss, "patch": patch_loss}
 
     @torch.no_grad()
-    def update_centers(self, teacher_cls, teacher_patch_mean):
-        """Moving averages of the teacher's outputs over batch, crops, patches and processes."""
-        cls_mean = teacher_cls.mean(dim=0)
-        if teacher_patch_mean is None or not self.patch_centering:
-            self.center.lerp_(utils.all_reduce_mean(cls_mean)[None], 1 - self.center_momentum)
-            return
-        means = utils.all_reduce_mean(torch.cat((cls_mean, teacher_patch_mean)))
-        cls_mean, patch_mean = means.split((self.center.shape[-1], self.center2.shape[-1]))
-        self.center.lerp_(cls_mean[None], 1 - self.center_momentum)
-        self.center2.lerp_(patch_mean[None, None], 1 - self.patch_center_momentum)
+    def update_centers(self):
+        """Move the centres towards the teacher's mean outputs over all batches since the last call, and all processes."""
+        cls_means, patch_means = zip(*self.teacher_means, strict=True)
+        self.teacher_means = []
+        patches = self.patch_centering and patch_means[0] is not None
+        means = torch.stack(cls_means).mean(dim=0)
+        if patches:
+            means = torch.cat((means, torch.stack(patch_means).mean(dim=0)))
+        means = utils.all_reduce_mean(means)
+        self.center.lerp_(means[None, :self.center.shape[-1]], 1 - self.center_momentum)
+        if patches:
+            self.center2.lerp_(means[None, None, self.center.shape[-1]:], 1 - self.patch_center_momentum)
 
 
 # ---------------------------------------------------------------- training
@@ -287,14 +333,16 @@ def build_optimizer(name, parameter_groups, device):
 
 def choose_amp_dtype(use_fp16, amp_dtype, device):
     """The autocast type, or None for single precision."""
-    if not use_fp16 or (amp_dtype == "auto" and device.type != "cuda"):
+    if not use_fp16 or (amp_dtype == "auto" and device.type not in ("cuda", "cpu")):
         return None
+    if amp_dtype == "auto" and device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None  # others only emulate it
     if amp_dtype == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return getattr(torch, amp_dtype)
 
 
-def build_schedules(args, steps_per_epoch, world_size):
+def build_schedules(args, steps_per_epoch, total_batch):
     """{"lr", "wd", "momentum"} of every step and {"temp", "patch_temp"} of every epoch; lines about what was shortened."""
     notes = []
 
@@ -309,7 +357,7 @@ def build_schedules(args, steps_per_epoch, world_size):
     if patch_temp_warmup < temp_warmup:
         notes.append(f"warning: the patch temperature's warm-up after --pred_start_epoch {args.pred_start_epoch} does not "
                      f"fit into {args.epochs} epochs; shortened to {patch_temp_warmup}")
-    peak = args.lr * args.batch_size_per_gpu * world_size / 256
+    peak = args.lr * total_batch / 256
     return {
         "lr": utils.cosine_scheduler(peak, args.min_lr, args.epochs, steps_per_epoch, warmup),
         "wd": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
@@ -330,37 +378,47 @@ def train_ibot(args):
 
     # ============ data ============
     local_crops_number = args.local_crops_number if args.lambda1 else 0  # local crops enter the [CLS] loss only
+    on_device = device.type != "cpu" if args.augment_on == "auto" else args.augment_on == "device"
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    workers = utils.default_workers() if args.num_workers is None else args.num_workers
     dataset = loader.ImageFolderMask(
         args.data_path,
         transform=loader.MultiCropAugmentation(
             args.global_crops_number, args.global_crops_scale, local_crops_number, args.local_crops_scale,
-            args.global_crops_size, args.local_crops_size),
+            args.global_crops_size, args.local_crops_size, photometry="device" if on_device else "cpu"),
         patch_size=models.mask_cell(args.arch, args.patch_size), pred_ratio=args.pred_ratio,
         pred_ratio_var=args.pred_ratio_var, pred_shape=args.pred_shape, pred_start_epoch=args.pred_start_epoch,
         seed=args.seed, on_bad_image=args.on_bad_image)
     sampler = DistributedSampler(dataset, process.world_size, process.rank, shuffle=True, seed=args.seed)
     data_loader = DataLoader(
-        dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=args.num_workers, collate_fn=loader.collate,
-        pin_memory=device.type == "cuda", drop_last=True, persistent_workers=args.num_workers > 0)
-    total_batch = args.batch_size_per_gpu * process.world_size
-    if not len(data_loader):
+        dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=workers, drop_last=True,
+        collate_fn=partial(loader.collate, pad_masks=64 if compiled else 1),
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
+    steps_per_epoch = len(data_loader) // args.accum_iter
+    if not steps_per_epoch:
         raise utils.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than one batch of "
-                               f"{total_batch}; lower --batch_size_per_gpu")
+                               f"{total_batch}; lower --batch_size_per_gpu{' or --accum_iter' * (args.accum_iter > 1)}")
 
     # ============ networks ============
     student, teacher = (network.to(device) for network in build_networks(args))
     ema = utils.ema_pairs(student, teacher)
-    ddp_student = student
-    if process.world_size > 1:
-        ddp_student = nn.parallel.DistributedDataParallel(
-            student, device_ids=[device.index] if device.type == "cuda" else None)
+    for network in (student, teacher):
+        network.backbone.set_grad_checkpointing(args.grad_checkpointing)
+        if compiled:
+            network.compile_parts()
+    ddp_student = utils.data_parallel(student, device, args.accum_iter) if process.world_size > 1 else student
 
     # ============ schedules, loss, optimizer ============
-    schedules, notes = build_schedules(args, len(data_loader), process.world_size)
+    schedules, notes = build_schedules(args, steps_per_epoch, total_batch)
     ibot_loss = iBOTLoss(
         args.out_dim, args.out_dim if args.shared_head else args.patch_out_dim, schedules["temp"], schedules["patch_temp"],
         center_momentum=args.center_momentum, patch_center_momentum=args.patch_center_momentum, lambda1=args.lambda1,
         lambda2=args.lambda2, patch_centering=args.patch_centering, patch_targets=args.patch_targets).to(device)
+    photometry = loader.apply_photometry
+    if compiled:
+        ibot_loss.compile()
+        photometry = torch.compile(photometry, dynamic=False)
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
@@ -375,9 +433,10 @@ def train_ibot(args):
         start_output(output_dir, keep=bool(args.load_from))
         writer = SummaryWriter(output_dir / "tf_logs")
         print(utils.describe_run(args, process))
-        print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {len(data_loader)} steps an epoch")
+        print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
-              f"precision: {amp_dtype or torch.float32}")
+              f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; colours changed on: "
+              f"{'device' if on_device else 'cpu'}; {workers} loader processes")
         print(f"total batch: {total_batch}; "
               f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
         print("\n".join(notes + [f"starting at epoch {start_epoch} of {args.epochs}"]), flush=True)
@@ -389,8 +448,9 @@ def train_ibot(args):
         dataset.set_epoch(epoch)
         # Drop path differs by process; by epoch too, so that a resumed epoch draws what it would have drawn.
         utils.fix_random_seeds(int(np.random.SeedSequence((args.seed, epoch, process.rank)).generate_state(1)[0]))
-        stats = train_one_epoch(ddp_student, teacher, ema, ibot_loss, optimizer, scaler, data_loader, schedules, epoch,
-                                amp_dtype, writer, args, device)
+        batches = loader.device_batches(data_loader, device, photometry)
+        stats = train_one_epoch(ddp_student, teacher, ema, ibot_loss, optimizer, scaler, batches, steps_per_epoch,
+                                schedules, epoch, amp_dtype, writer, args, device)
         if not torch.stack(torch._foreach_norm(list(student.parameters()))).isfinite().all():
             raise FloatingPointError(f"a weight became non-finite in epoch {epoch}; the last checkpoint is intact")
         bad = skipped_images(dataset, device)
@@ -411,35 +471,29 @@ def train_ibot(args):
         print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / CHECKPOINT}")
 
 
-def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, data_loader, schedules, epoch, amp_dtype, writer,
-                    args, device):
-    """One pass over the data. Returns the means of the epoch by meter name (on process 0 also the clustering scores)."""
+def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, batches, steps, schedules, epoch, amp_dtype,
+                    writer, args, device):
+    """`steps` updates with `batches`. Returns the epoch's means by meter name (on process 0 also the clustering scores)."""
     meters = utils.DeviceMeters(("loss", "cls", "patch", "acc"))
     totals, count, waited, since = {}, 0, 0.0, time.time()
     real, predicted = [], []  # labels of the folders, the teacher's clusters
-    steps = len(data_loader)
-    batches = iter(data_loader)
-    for it in range(steps):
-        step = epoch * steps + it
+
+    def next_batch():
+        nonlocal waited
         wait_from = time.time()
         batch = next(batches)
         waited += time.time() - wait_from
-        batch = type(batch)(*(None if x is None else x.to(device, non_blocking=True) for x in batch))
-        batch = batch._replace(
-            global_crops=loader.normalize(batch.global_crops),
-            local_crops=None if batch.local_crops is None else loader.normalize(batch.local_crops))
+        return batch
 
-        losses, student_cls, teacher_cls = train_step(
-            batch, student, teacher, ema, ibot_loss, optimizer, scaler, epoch,
+    for it in range(steps):
+        step = epoch * steps + it
+        means, labels, clusters = train_step(
+            (next_batch() for _ in range(args.accum_iter)), student, teacher, ema, ibot_loss, optimizer, scaler, epoch,
             lr=schedules["lr"][step], weight_decay=schedules["wd"][step], momentum=schedules["momentum"][step],
-            clip_grad=args.clip_grad, freeze_last_layer=epoch < args.freeze_last_layer, amp_dtype=amp_dtype)
-
-        # Monitor: does the student put the second crop where the teacher puts the first?
-        B = len(batch.labels)
-        clusters = teacher_cls[:B].argmax(dim=-1)
-        meters.add(losses["loss"], losses["cls"], losses["patch"],
-                   (clusters == student_cls[B:2 * B].argmax(dim=-1)).float().mean())
-        real.append(batch.labels)
+            clip_grad=args.clip_grad, freeze_last_layer=epoch < args.freeze_last_layer, amp_dtype=amp_dtype,
+            accum_iter=args.accum_iter)
+        meters.add(*(means[name] for name in meters.names))
+        real.append(labels)
         predicted.append(clusters)
 
         if (it + 1) % args.print_freq and it + 1 < steps:
@@ -459,7 +513,7 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, data_lo
                     writer.add_scalar(f"step/{name}", value, i)
             count += 1
         if writer:
-            images_s = len(rows) * B * utils.get_world_size() / elapsed
+            images_s = len(rows) * len(labels) * utils.get_world_size() / elapsed
             left = (args.epochs * steps - step - 1) * elapsed / len(rows)
             print(f"epoch {epoch}/{args.epochs} [{it + 1:>{len(str(steps))}}/{steps}]  "
                   + "  ".join(f"{name} {rows[-1][name]:.4f} ({totals[name] / count:.4f})" for name in meters.names)
@@ -474,40 +528,57 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, data_lo
     return stats | (utils.clustering_scores(real.cpu().numpy(), predicted.cpu().numpy()) if writer else {})
 
 
-def train_step(batch, student, teacher, ema, ibot_loss, optimizer, scaler, epoch, lr, weight_decay, momentum, clip_grad,
-               freeze_last_layer, amp_dtype=None):
+def train_step(batches, student, teacher, ema, ibot_loss, optimizer, scaler, epoch, lr, weight_decay, momentum, clip_grad,
+               freeze_last_layer, amp_dtype=None, accum_iter=1):
     """One update of student, teacher and centres, without waiting for the device.
 
-    `batch` is a `loader.Batch` of normalised crops on the device; `ema` is `utils.ema_pairs(student, teacher)`.
-    Returns (losses of `iBOTLoss`, student [CLS] logits [(G+L)*B, K], teacher [CLS] logits [G*B, K]), detached.
+    Args:
+        batches: `accum_iter` batches (`loader.Batch`, normalised crops on the device), taken one by one. Gradients, losses
+            and centres are those of one large batch of them all; batch norm in the head has each batch's own statistics.
+        ema: `utils.ema_pairs(student, teacher)`.
+
+    Returns:
+        {"loss", "cls", "patch", "acc"}, 0-d tensors; labels [B] of all batches; the teacher's clusters [B], the largest
+        output for the first global crop. `acc`: how often the student puts the second crop into the same.
     """
     # schedules; only the first group is decayed
     for group in optimizer.param_groups:
         group["lr"] = float(lr)
     optimizer.param_groups[0]["weight_decay"] = float(weight_decay)
 
-    # forward: teacher on plain global crops, student on the same crops masked and on plain local crops
-    G = len(batch.global_crops)
-    global_crops, masks = batch.global_crops.flatten(0, 1), batch.masks.flatten(0, 1)  # [G*B, 3, S, S], [G*B, h, w]
-    local_crops = None if batch.local_crops is None else batch.local_crops.flatten(0, 1)  # [L*B, 3, s, s]
-    patch_loss = ibot_loss.lambda2 > 0  # without it no patch goes through the last layer
-    index = batch.mask_index if patch_loss else batch.mask_index[:0]
-    weight = batch.mask_weight if patch_loss else batch.mask_weight[:0]
-    with torch.autocast(global_crops.device.type, amp_dtype, enabled=amp_dtype is not None):
-        with torch.no_grad():
-            teacher_cls, teacher_patch, teacher_mean = teacher(
-                global_crops, index, patch_mean=patch_loss and ibot_loss.patch_centering)
-        student_cls, student_patch, _ = student(global_crops, index, masks=masks, local_crops=local_crops)
-    losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, teacher_mean, weight, G, epoch)
-
-    # backward, clip each parameter by itself, hold the last layer, step
     optimizer.zero_grad()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if scaler is None:
-        losses["loss"].backward()
-    else:
-        scaler.scale(losses["loss"]).backward()
+    rows, labels, clusters = [], [], []
+    for i, batch in enumerate(batches):
+        # forward: teacher on plain global crops, student on the same crops masked and on plain local crops
+        G, B = batch.global_crops.shape[:2]
+        global_crops, masks = batch.global_crops.flatten(0, 1), batch.masks.flatten(0, 1)  # [G*B, 3, S, S], [G*B, h, w]
+        local_crops = None if batch.local_crops is None else batch.local_crops.flatten(0, 1)  # [L*B, 3, s, s]
+        patch_loss = ibot_loss.lambda2 > 0  # without it no patch goes through the last layer
+        index = batch.mask_index if patch_loss else batch.mask_index[:0]
+        weight = batch.mask_weight if patch_loss else batch.mask_weight[:0]
+        last = i + 1 == accum_iter
+        with student.no_sync() if utils.get_world_size() > 1 and not last else nullcontext():
+            with torch.autocast(global_crops.device.type, amp_dtype, enabled=amp_dtype is not None):
+                with torch.no_grad():
+                    teacher_cls, teacher_patch, teacher_mean = teacher(
+                        global_crops, index, patch_mean=patch_loss and ibot_loss.patch_centering)
+                student_cls, student_patch, _ = student(global_crops, index, masks=masks, local_crops=local_crops)
+            losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, teacher_mean, weight, G, epoch)
+
+            # backward
+            loss = losses["loss"] / accum_iter
+            (loss if scaler is None else scaler.scale(loss)).backward()
+
+        clusters.append(teacher_cls[:B].argmax(dim=-1))
+        labels.append(batch.labels)
+        agree = (clusters[-1] == student_cls[B:2 * B].argmax(dim=-1)).float().mean()
+        rows.append(torch.stack([*(value.detach() for value in losses.values()), agree]))
+    ibot_loss.update_centers()
+
+    # clip each parameter by itself, hold the last layer, step
+    if scaler is not None:
         scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if clip_grad:
         utils.clip_gradients(parameters, clip_grad)
     if freeze_last_layer:
@@ -522,7 +593,8 @@ def train_step(batch, student, teacher, ema, ibot_loss, optimizer, scaler, epoch
 
     # the teacher follows
     utils.ema_update(*ema, momentum=float(momentum))
-    return {name: value.detach() for name, value in losses.items()}, student_cls.detach(), teacher_cls
+    means = torch.stack(rows).mean(dim=0).unbind()
+    return dict(zip((*losses, "acc"), means, strict=True)), torch.cat(labels), torch.cat(clusters)
 
 
 # ---------------------------------------------------------------- files

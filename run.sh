@@ -143,6 +143,7 @@ quickstart() {
         --warmup_teacher_temp 0.03 --teacher_temp 0.04 --warmup_teacher_patch_temp 0.03 --teacher_patch_temp 0.04
         --momentum_teacher 0.985 --epochs 60 --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 5  # peak 0.004 * 64 / 256
         --weight_decay 0.02 --weight_decay_end 0.02 --num_workers 1 --saveckp_freq 0 --print_freq 20
+        --use_fp16 false  # the same figures on every CPU
     )
     local output
     output=$(flag_value --output_dir "$@")

@@ -127,6 +127,20 @@ def init_process(device="auto", dist_url="env://"):
     return Process(rank, world_size, local_rank, device)
 
 
+def default_workers():
+    """Loader processes for this process: its share of the cores, less one for itself, at least 1 and at most 10."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(10, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def data_parallel(network, device, accum_iter=1):
+    """`network` for several processes, each with its share of the batch."""
+    # Every step uses the same parameters; but torch cannot skip the synchronisation of some batches in a static graph.
+    return torch.nn.parallel.DistributedDataParallel(
+        network, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+        static_graph=accum_iter == 1)
+
+
 def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -6,6 +6,23 @@ import torch
 from torch import nn
 
 
+def wanted_rows(shapes, wanted):
+    """Rows, among the tokens of all crops end to end, of their class tokens and of wanted patches of the first size.
+
+    Args:
+        shapes: (crops, tokens of each, a class token before the N patches) for every crop size.
+        wanted: int64 [M], cells of the flattened [crops * N] of the first size.
+
+    Returns:
+        int64 [all crops + M], class tokens first.
+    """
+    rows, start = [], 0
+    for crops, length in shapes:
+        rows.append(start + length * torch.arange(crops, device=wanted.device))
+        start += crops * length
+    return torch.cat((*rows, wanted + wanted // (shapes[0][1] - 1) + 1))
+
+
 class MultiCropWrapper(nn.Module):
     """A network of the reference's names, `backbone.*` and `head.*`, for student and teacher alike.
 
@@ -17,6 +34,12 @@ class MultiCropWrapper(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
+    def compile_parts(self):
+        """Compile the backbone's blocks and the head, in place: names of parameters stay."""
+        self.backbone.compile_blocks()
+        self.head.bottleneck = torch.compile(self.head.bottleneck)
+        self.head.last_layers = torch.compile(self.head.last_layers)
+
     def forward(self, global_crops, mask_index, masks=None, local_crops=None, patch_mean=False):
         """Logits of the given crops.
 
@@ -25,32 +48,24 @@ class MultiCropWrapper(nn.Module):
             mask_index: int64 [M], the cells of the flattened [G*B*N] whose patch logits are wanted.
             masks: bool [G*B, h, w] of the cells hidden from the network, or None.
             local_crops: [L*B, 3, s, s] or None.
-            patch_mean: also give the mean over all G*B*N patches of their logits, for the centre. The last layer is
-                linear, so this is the last layer of the mean bottleneck, in float32.
+            patch_mean: also give the mean over all G*B*N patches of their logits, for the centre; without local crops. The
+                last layer is linear, so this is the last layer of the mean bottleneck, in float32.
 
         Returns:
             cls [(G+L)*B, K], patches [M, K'], patch mean [K'] or None.
         """
-        tokens = self.backbone(global_crops, mask=masks, return_all_tokens=True)  # [G*B, 1+N, D]
-        every_token = self.head.has_batch_norm or patch_mean
-        locals_ = None
-        if local_crops is not None:
-            locals_ = self.backbone(local_crops, return_all_tokens=self.head.has_batch_norm)  # [L*B, D] or [L*B, 1+n, D]
-
-        # Row of a masked cell among [CLS] and patch tokens: one class token comes before the N patches of each crop.
-        rows = mask_index + mask_index // (tokens.shape[1] - 1) + 1
-        if every_token:
-            z = self.head.bottleneck(tokens)  # [G*B, 1+N, 256]
-            cls, patches = z[:, 0], z.flatten(0, 1)[rows]
-            if locals_ is not None:
-                z_local = self.head.bottleneck(locals_)
-                cls = torch.cat((cls, z_local[:, 0] if z_local.ndim == 3 else z_local))
-        else:
-            cls = tokens[:, 0] if locals_ is None else torch.cat((tokens[:, 0], locals_))
-            cls, patches = self.head.bottleneck(torch.cat((cls, tokens.flatten(0, 1)[rows]))).split((len(cls), len(rows)))
-        cls_logits, patch_logits = self.head.last_layers(cls, patches)
+        crops = [global_crops] if local_crops is None else [global_crops, local_crops]
         mean_logits = None
-        if patch_mean:
-            with torch.autocast(tokens.device.type, enabled=False):
-                mean_logits = self.head.last_layer2(z[:, 1:].mean(dim=(0, 1)))
-        return cls_logits, patch_logits, mean_logits
+        if self.head.has_batch_norm or patch_mean:
+            tokens, shapes = self.backbone.forward_crops(crops, masks)  # [T, D]
+            # Each crop size by itself: batch norm takes its statistics so in the reference.
+            z = torch.cat([self.head.bottleneck(part) for part in tokens.split([n * length for n, length in shapes])])
+            if patch_mean:
+                with torch.autocast(z.device.type, enabled=False):
+                    mean_z = z.unflatten(0, shapes[0])[:, 1:].mean(dim=(0, 1))
+                    mean_logits = self.head.last_layer2(mean_z)
+            z = z.index_select(0, wanted_rows(shapes, mask_index))
+        else:
+            z = self.head.bottleneck(self.backbone.forward_crops(crops, masks, mask_index)[0])
+        cls, patches = z.split((len(z) - len(mask_index), len(mask_index)))
+        return *self.head.last_layers(cls, patches), mean_logits

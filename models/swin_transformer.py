@@ -9,6 +9,29 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.multi_crop import wanted_rows
+
+_shift_masks = {}
+
+
+@torch.compiler.assume_constant_result
+def shift_mask(height, width, window_size, shift_size, device):
+    """What keeps the parts of a rolled grid apart: [windows, wh * ww, wh * ww], 0 within a part and -100 between two.
+
+    `height` x `width` is the padded grid; windows that hold the seam mix tokens from both of its sides.
+    """
+    key = (height, width, window_size, shift_size, device)
+    if key not in _shift_masks:
+        with torch.inference_mode(False):
+            parts = torch.zeros(1, height, width, 1, device=device)
+            for dim, (window, shift) in enumerate(zip(window_size, shift_size, strict=True), start=1):
+                parts.narrow(dim, parts.shape[dim] - window, window).add_(3 ** dim)
+                parts.narrow(dim, parts.shape[dim] - shift, shift).add_(3 ** dim)
+            parts = window_partition(parts, window_size).flatten(1)  # [windows, wh * ww]
+            _shift_masks[key] = torch.where(parts.unsqueeze(1) == parts.unsqueeze(2), 0.0, -100.0)
+    return _shift_masks[key]
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
@@ -22,18 +45,12 @@ class PadThenShiftBlock(SwinTransformerBlock):
         if sh or sw:
             x = torch.roll(x, (-sh, -sw), dims=(1, 2))
         windows = window_partition(x, self.window_size).view(-1, self.window_area, C)  # [B * windows, wh * ww, C]
-        windows = self.attn(windows, mask=self._shift_mask(x))
+        mask = shift_mask(Hp, Wp, self.window_size, self.shift_size, x.device) if sh or sw else None
+        windows = self.attn(windows, mask=mask)
         x = window_reverse(windows.view(-1, wh, ww, C), self.window_size, Hp, Wp)
         if sh or sw:
             x = torch.roll(x, (sh, sw), dims=(1, 2))
         return x[:, :H, :W]
-
-    def _shift_mask(self, x):
-        """Mask of the shifted windows of the padded grid x [B, Hp, Wp, C], made once per grid size and device."""
-        key = (x.shape[1], x.shape[2], x.device)
-        if key not in self._shift_masks:
-            self._shift_masks[key] = self.get_attn_mask(x.detach().float())
-        return self._shift_masks[key]
 
 
 class SwinTransformer(TimmSwinTransformer):
@@ -54,6 +71,7 @@ class SwinTransformer(TimmSwinTransformer):
         self.return_all_tokens = return_all_tokens
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
         self.head = nn.Identity()
+        self.run = SwinTransformer.forward  # a compiled one takes its place with `compile_blocks`
         self.embed_dim = self.num_features
         # The original merges patches at the end of a stage and timm at the start of the next. Modules are re-added in
         # the original's order, on which the optimiser's state in a checkpoint depends.
@@ -67,7 +85,6 @@ class SwinTransformer(TimmSwinTransformer):
                 merge.norm = norm
             for block in stage.blocks:
                 block.__class__ = PadThenShiftBlock  # timm offers no way to pass a block class
-                block._shift_masks = {}
                 attention = block.attn
                 attention.fused_attn = True
                 attention.register_buffer("relative_position_index", attention.relative_position_index, persistent=True)
@@ -91,11 +108,26 @@ class SwinTransformer(TimmSwinTransformer):
         """Mean token and normed tokens [B, 1 + N, D], or the mean alone [B, D]. Without `mask` nothing is masked."""
         x = self.prepare_tokens(x, mask)
         for stage in self.layers:
-            x = stage.downsample(stage.blocks(x))
+            for block in stage.blocks:
+                recompute = stage.grad_checkpointing and torch.is_grad_enabled()
+                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = stage.downsample(x)
         x = self.norm(x)  # [B, h, w, D]
         if self.return_all_tokens if return_all_tokens is None else return_all_tokens:
             return self._with_mean(x)
         return x.mean(dim=(1, 2))
+
+    def compile_blocks(self):
+        """Compile what `forward_crops` does with the crops of a size."""
+        self.run = torch.compile(SwinTransformer.forward, dynamic=False)
+
+    def forward_crops(self, crops, masks=None, wanted=None):
+        """Tokens of crops of several sizes, as `VisionTransformer.forward_crops`, but in a pass for each size: windows
+        leave little to pack."""
+        tokens = [self.run(self, x, masks if i == 0 else None, return_all_tokens=True) for i, x in enumerate(crops)]
+        shapes = tuple((len(x), x.shape[1]) for x in tokens)
+        x = torch.cat([x.flatten(0, 1) for x in tokens])
+        return x if wanted is None else x.index_select(0, wanted_rows(shapes, wanted)), shapes
 
     def get_intermediate_layers(self, x, n=1, norm=True):
         """Tokens after each of the last n blocks, before patch merging, shallow to deep: n tensors [B, 1 + N_i, C_i].

@@ -1,14 +1,19 @@
-"""Vision transformers for iBOT: timm's `VisionTransformer` plus a mask embedding and token outputs.
+"""Vision transformers for iBOT: timm's `VisionTransformer` plus a mask embedding, token outputs and packed crops.
 
-Letters: B images, N patch tokens (h x w cells), D width.
+Letters: B images, N patch tokens (h x w cells), D width, T tokens of all crops, R wanted ones among them, d width of an
+attention head.
 """
 import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.multi_crop import wanted_rows
 
 
 def resample_positions(pos_embed, height, width):
@@ -28,6 +33,35 @@ def resample_positions(pos_embed, height, width):
     return torch.cat((pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
+class PackedBlock(Block):
+    """timm's block, which can also take the tokens of crops of several sizes at once."""
+
+    def packed(self, x, shapes, drop_scales=None, rows=None):
+        """Norms, projections and MLP run over all tokens together, attention for each crop size by itself.
+
+        Args:
+            x: [T, D], the tokens of all crops end to end.
+            shapes: (crops, tokens of each) for every crop size.
+            drop_scales: [2, T, 1], what drop path multiplies the two branches by; None for no drop path.
+            rows: int64 [R], tokens wanted from this block; attention still sees all. None for all.
+
+        Returns:
+            [T, D], or [R, D] in the order of `rows`.
+        """
+        parts = []
+        qkv = self.attn.qkv(self.norm1(x))
+        for tokens, (B, N) in zip(qkv.split([B * N for B, N in shapes]), shapes, strict=True):
+            q, k, v = tokens.view(B, N, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
+            parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))  # [B * N, D]
+        attended = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if rows is not None:
+            x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+            drop_scales = None if drop_scales is None else drop_scales.index_select(1, rows)
+        first, second = (1.0, 1.0) if drop_scales is None else drop_scales
+        x = x + first * self.attn.proj(attended)
+        return x + second * self.mlp(self.norm2(x))
+
+
 class VisionTransformer(TimmVisionTransformer):
     """ViT whose output is the class token or all tokens, and whose input patches can be masked.
 
@@ -42,8 +76,10 @@ class VisionTransformer(TimmVisionTransformer):
                  masked_im_modeling=False, **kwargs):
         kwargs["num_classes"] = 0  # scripts of the original pass it too
         super().__init__(img_size=img_size, patch_size=patch_size, drop_path_rate=drop_path_rate,
-                         norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)
+                         norm_layer=partial(nn.LayerNorm, eps=1e-6), block_fn=PackedBlock, **kwargs)
         self.patch_size = patch_size
+        self.drop_path_rate = drop_path_rate
+        self.run_block = PackedBlock.packed  # a compiled one takes its place with `compile_blocks`
         self.return_all_tokens = return_all_tokens
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at 1e-6
@@ -64,6 +100,48 @@ class VisionTransformer(TimmVisionTransformer):
         """Normed tokens [B, 1 + N, D], or the class token [B, D]. Without `mask` nothing is masked."""
         x = self.norm(self.blocks(self.prepare_tokens(x, mask)))
         return x if (self.return_all_tokens if return_all_tokens is None else return_all_tokens) else x[:, 0]
+
+    def compile_blocks(self):
+        """Compile what `forward_crops` does in a block, once for all blocks."""
+        self.run_block = torch.compile(PackedBlock.packed, dynamic=False)
+
+    def forward_crops(self, crops, masks=None, wanted=None):
+        """Normed tokens of crops of several sizes in one pass; equal to `forward` on each size by itself.
+
+        Args:
+            crops: list of [B, 3, H, W], one of each size. masks: bool [B, h, w] for the first of them, or None.
+            wanted: int64 [M], patches of the first crops (cells of the flattened [B * N]) that are needed, beside all class
+                tokens; None for all tokens. The last block then spends its MLP on these alone.
+
+        Returns:
+            [T, D], crop by crop, each with its class token first; with `wanted` [R, D], class tokens and then patches. And
+            the shapes, (crops, tokens of each) for every size.
+        """
+        tokens = [self.prepare_tokens(x, masks if i == 0 else None) for i, x in enumerate(crops)]
+        shapes = tuple((len(x), x.shape[1]) for x in tokens)
+        x = torch.cat([x.flatten(0, 1) for x in tokens])  # [T, D]
+        rows = None if wanted is None else wanted_rows(shapes, wanted)
+        if rows is not None:
+            torch._dynamo.maybe_mark_dynamic(rows, 0)  # the one size that changes from step to step
+        scales = self._drop_scales(shapes, x.device)
+        for i, block in enumerate(self.blocks):
+            inputs = (block, x, shapes, scales and scales[i], rows if i + 1 == len(self.blocks) else None)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.run_block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self.run_block(*inputs)
+        return self.norm(x), shapes
+
+    def _drop_scales(self, shapes, device):
+        """Factors of drop path, one draw per crop, block and branch: `depth` tensors [2, T, 1], or None without it."""
+        if not self.training or not self.drop_path_rate:
+            return None
+        depth, crops = len(self.blocks), sum(B for B, _ in shapes)
+        keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=device).view(depth, 1, 1)
+        scales = (torch.rand(depth, 2, crops, device=device) < keep) / keep
+        scales = [part.repeat_interleave(N, dim=2)
+                  for part, (_, N) in zip(scales.split([B for B, _ in shapes], dim=2), shapes, strict=True)]
+        return torch.cat(scales, dim=2).unsqueeze(-1).unbind()
 
     def get_intermediate_layers(self, x, n=1, norm=True):
         """Tokens after each of the last n blocks, shallow to deep: n tensors [B, 1 + N, D], through the final norm."""

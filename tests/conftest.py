@@ -11,6 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Indices of image folders (loader.py) are kept for the session only, those of subprocesses too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """scikit-learn's handwritten digits as an image folder: train/ with 120 and val/ with 41 images of 32 x 32 pixels."""

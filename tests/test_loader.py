@@ -1,12 +1,14 @@
+import itertools
 import pickle
 import random
 import traceback
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
@@ -64,7 +66,7 @@ def batches(dataset, workers=0, epochs=1, **options):
 def equal(a, b):
     """Whether two lists of batches are the same in every tensor."""
     pairs = [pair for p, q in zip(a, b, strict=True) for pair in zip(p, q, strict=True)]
-    return all(torch.equal(x, y) for x, y in pairs)
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 # ---------------------------------------------------------------- masks
@@ -198,10 +200,12 @@ def test_bad_options_are_named(folder, options, words):
 
 # ---------------------------------------------------------------- random streams
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_give_the_same_batches_epoch_by_epoch(folder, context):
-    alone = batches(masked_folder(folder), workers=0, epochs=2)
-    workers = batches(masked_folder(folder), workers=2, epochs=2, multiprocessing_context=context)
+@pytest.mark.parametrize(("context", "photometry"), [("fork", "cpu"), ("spawn", "cpu"), ("fork", "device")])
+def test_workers_give_the_same_batches_epoch_by_epoch(folder, context, photometry):
+    options = {"transform": loader.MultiCropAugmentation(**SMALL, photometry=photometry)}
+    alone = batches(masked_folder(folder, **options), workers=0, epochs=2)
+    workers = batches(masked_folder(folder, **options), workers=2, epochs=2, multiprocessing_context=context)
+    assert (alone[0].photometry is None) == (photometry == "cpu")
     assert equal(alone, workers)
     assert not equal(alone[:2], alone[2:])  # set_epoch
 
@@ -367,65 +371,82 @@ def test_crop_order_sizes_and_types():
     assert all(crop.dtype == torch.uint8 for crop in crops)
 
 
-def test_photometry_of_each_crop_type(monkeypatch):
-    calls = []
-    monkeypatch.setattr(loader, "random_crop", lambda image, size, scale: calls.append((size, scale)) or size)
-    monkeypatch.setattr(loader, "random_photometry", lambda crop, *p: calls.append(p))
-    loader.MultiCropAugmentation(3, (0.2, 1), 2, (0.05, 0.2))(photo())
-    assert calls[0::2] == [(224, (0.2, 1))] * 3 + [(96, (0.05, 0.2))] * 2
-    assert calls[1::2] == [(1.0, 0.0), (0.1, 0.2), (0.1, 0.2), (0.5, 0.0), (0.5, 0.0)]
+def augmentation(**options):
+    return loader.MultiCropAugmentation(**SMALL | options)
 
 
-def test_photometry_probabilities_and_ranges(monkeypatch):
-    torch.manual_seed(0)
-    seen = {}
-
-    def count(name, target=loader.F):
-        monkeypatch.setattr(target, name, lambda x, *a, **k: seen.setdefault(name, []).append(a or k.get("sigma")) or x)
-
-    for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation", "rgb_to_grayscale"):
-        count(name)
-    count("adjust_hue", loader)
-    count("gaussian_blur", loader)
-    crop = torch.full((3, 2, 2), 200, dtype=torch.uint8)
-    solarized = sum(int(loader.random_photometry(crop, 0.5, 0.2)[0, 0, 0] == 55) for _ in range(4000))
-    assert abs(solarized / 4000 - 0.2) < 0.03
-    ranges = {"adjust_brightness": (0.6, 1.4), "adjust_contrast": (0.6, 1.4), "adjust_saturation": (0.8, 1.2),
-              "adjust_hue": (-0.1, 0.1)}
-    for name, (low, high) in ranges.items():
-        values = torch.tensor(seen[name]).flatten()
-        assert abs(len(values) / 4000 - 0.8) < 0.03
-        assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
-    assert abs(len(seen["rgb_to_grayscale"]) / 4000 - 0.2) < 0.03
-    sigmas = torch.tensor(seen["gaussian_blur"])
-    assert abs(len(sigmas) / 4000 - 0.5) < 0.03 and 0.1 <= sigmas.min() < 0.12 and 1.98 < sigmas.max() <= 2
+def test_where_the_photometry_happens_must_be_known():
+    with pytest.raises(InputError, match="gpu"):
+        augmentation(photometry="gpu")
 
 
-def test_photometry_order(monkeypatch):
-    """Jitter in random order, then grey, blur; solarise last (test_photometry_probabilities_and_ranges)."""
-    torch.manual_seed(0)
-    monkeypatch.setattr(loader, "chance", lambda p: p > 0)
-    orders, calls = set(), []
-    jitter = ("adjust_brightness", "adjust_contrast", "adjust_saturation")
-    for target, names in ((loader.F, (*jitter, "rgb_to_grayscale")), (loader, ("adjust_hue", "gaussian_blur"))):
-        for name in names:
-            monkeypatch.setattr(target, name, lambda x, *a, name=name, **k: calls.append(name) or x)
-    for _ in range(400):
-        calls.clear()
-        loader.random_photometry(torch.zeros(3, 2, 2, dtype=torch.uint8), 1.0, 0.0)
-        assert calls[4:] == ["rgb_to_grayscale", "gaussian_blur"]
-        orders.add(tuple(calls[:4]))
-    assert len(orders) == 24
+def photometry_rows(n, blur_p=0.5, solarize_p=0.2, seed=0):
+    uniform = np.random.default_rng(seed).random((n, loader.ROW_DRAWS))
+    return torch.from_numpy(loader.draw_photometry(uniform, np.full(n, blur_p), np.full(n, solarize_p)))
 
 
-def test_crop_areas_flips_and_untouched_pixels(monkeypatch):
+def row(order=(0, 1, 2, 3), brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, grey=0, solarize=0, sigma=0.0):
+    factors = [(brightness, contrast, saturation, hue)[operation] for operation in order]
+    return torch.tensor([*order, *factors, grey, solarize, *loader.blur_taps(np.array([sigma]))[0]])
+
+
+def both_paths(image, rows):
+    """PIL image or uint8 [3, S, S], list of rows -> int32 [n, 3, S, S]; the two paths must agree within a level."""
+    crop = image if torch.is_tensor(image) else F.pil_to_tensor(image)
+    rows = torch.stack(rows)
+    device = loader.apply_photometry(crop.expand(len(rows), -1, -1, -1), rows)
+    cpu = torch.stack([loader.photometry_of_crop(crop, row) for row in rows])
+    assert device.dtype == cpu.dtype == torch.uint8
+    assert (device.int() - cpu.int()).abs().max() <= 1
+    return device.int()
+
+
+def pixels(image):
+    return F.pil_to_tensor(image).int()
+
+
+def test_each_crop_type_has_its_photometry():
+    rows = torch.stack([augmentation(global_crops_number=3, local_crops_number=2).draw(64, 48)[2] for _ in range(2000)])
+    blurred, solarized = (rows[:, :, 10] < 1).float().mean(0), rows[:, :, 9].mean(0)
+    error = 4 * 0.5 / 2000**0.5
+    assert (blurred - torch.tensor([1, 0.1, 0.1, 0.5, 0.5])).abs().max() < error and blurred[0] == 1
+    assert (solarized - torch.tensor([0, 0.2, 0.2, 0, 0])).abs().max() < error
+    assert solarized[0] == solarized[3:].sum() == 0
+
+
+def test_photometry_probabilities_and_ranges():
+    n = 8000
+    rows = photometry_rows(n)
+    order, factors, grey, solarize, taps = rows.split(loader.ROW, dim=1)
+    counts = torch.unique(order, dim=0, return_counts=True)[1]
+    assert len(counts) == 24 and (counts - n / 24).abs().max() < 5 * (n / 24) ** 0.5
+    assert (order.sort(dim=1).values == torch.arange(4)).all()
+    factors = torch.empty(n, 4).scatter(1, order.long(), factors)
+    jittered = (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1)
+    assert torch.equal(jittered, (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(1))
+    assert abs(jittered.float().mean() - 0.8) < 0.02
+    for values, centre, half in zip(factors[jittered].T, (1, 1, 1, 0), (0.4, 0.4, 0.2, 0.1), strict=True):
+        unit = (values - centre) / half
+        assert -1 <= unit.min() < -0.99 and 0.99 < unit.max() <= 1 + 1e-6
+        assert abs(unit.mean()) < 0.03 and abs(unit.var() - 1 / 3) < 0.02  # uniform
+    assert abs(np.corrcoef(factors[jittered].T) - np.eye(4)).max() < 0.05
+    assert abs(grey.mean() - 0.2) < 0.02 and abs(solarize.mean() - 0.2) < 0.02
+    sigma = (2 * taps @ torch.arange(7.0) ** 2).sqrt()  # second moment of the filter
+    blurred = sigma > 0.01
+    assert abs(blurred.float().mean() - 0.5) < 0.025
+    sigma = sigma[blurred[:, 0] if blurred.ndim > 1 else blurred]
+    assert 0.099 < sigma.min() < 0.12 and 1.98 < sigma.max() < 2.001 and abs(sigma.mean() - 1.05) < 0.04
+
+
+def test_crop_areas_flips_and_untouched_pixels():
     torch.manual_seed(0)
     # Red rises to the right, green downwards: the crop's box can be read off its pixels.
-    x = torch.linspace(0, 255, 256).round().expand(256, 256)
-    image = torch.stack([x, x.T, torch.zeros(256, 256)]).to(torch.uint8)
+    x = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    image = Image.fromarray(np.stack([x, x.T, 0 * x], axis=-1))
+    cutter = loader.MultiCropAugmentation(1, (0.14, 0.5), 0, global_crops_size=32, photometry="device")
     areas, flips = [], 0
     for _ in range(1500):
-        crop = loader.random_crop(image, 32, (0.14, 0.5)).float()
+        crop = cutter(image)[0][0].float()
         red = (crop[0, :, -1] - crop[0, :, 0]).mean() * 32 / 31  # between pixel centres
         green = (crop[1, -1] - crop[1, 0]).mean() * 32 / 31
         areas.append(float(red.abs() * green / 256**2))
@@ -434,80 +455,200 @@ def test_crop_areas_flips_and_untouched_pixels(monkeypatch):
     assert abs(flips / 1500 - 0.5) < 0.05
     assert 0.12 < min(areas) < 0.16 and 0.47 < max(areas) < 0.52 and abs(np.mean(areas) - 0.32) < 0.015
 
-    monkeypatch.setattr(loader, "chance", lambda p: False)
-    every = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-    assert torch.equal(loader.random_photometry(every, 1.0, 0.0), every)
+    every = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(3, -1, -1)
+    for order in itertools.permutations(range(4)):
+        assert torch.equal(both_paths(every, [row(order)])[0], every.int())
+
+
+@pytest.mark.parametrize(("width", "height", "scale"), [(500, 375, (0.14, 1)), (375, 500, (0.05, 0.4)), (90, 30, (0.3, 1))])
+def test_boxes_have_torchvisions_distribution(width, height, scale):
+    n = 6000
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = [transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)]
+    theirs = np.array([(left, top, w, h) for top, left, h, w in theirs], float)
+    uniform = np.random.default_rng(0).random((n, loader.BOX_DRAWS)).tolist()
+    ours = np.array([loader.draw_box(u, width, height, scale) for u in uniform], float)
+
+    def statistics(boxes):
+        left, top, w, h = boxes.T
+        assert min(left.min(), top.min()) >= 0 and (left + w).max() <= width and (top + h).max() <= height
+        area, aspect = w * h / (width * height), np.log(w / h)
+        right, below = left / np.maximum(width - w, 1), top / np.maximum(height - h, 1)
+        return np.stack([area, aspect, right, below, area**2, aspect**2, right**2, below**2, area * aspect, area * right,
+                         area < 0.3, w == width, h == height])
+
+    a, b = statistics(ours), statistics(theirs)
+    assert (np.abs(a.mean(1) - b.mean(1)) <= 4.5 * np.sqrt((a.var(1) + b.var(1)) / n) + 1e-12).all()
+
+
+def test_extreme_images_give_the_centred_box():
+    for width, height in ((100, 10), (10, 100), (100, 4), (1, 1)):
+        theirs = transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), (0.9, 1), (3 / 4, 4 / 3))
+        left, top, w, h = loader.draw_box([0.999] * loader.BOX_DRAWS, width, height, (0.9, 1))
+        assert (top, left, h, w) == theirs
 
 
 def test_crops_are_pillows_within_rounding():
     image = photo(120, 160)
-    torch.manual_seed(0)
-    ours = loader.random_crop(F.pil_to_tensor(image), 32, (0.2, 0.5))
-    torch.manual_seed(0)
-    top, left, height, width = transforms.RandomResizedCrop.get_params(image, (0.2, 0.5), (3 / 4, 4 / 3))
-    theirs = image.crop((left, top, left + width, top + height)).resize((32, 32), Image.BICUBIC)
-    if loader.chance(0.5):
-        theirs = ImageOps.mirror(theirs)
-    assert (ours.int() - F.pil_to_tensor(theirs).int()).abs().max() <= 2
+    boxes, flips = [(10, 20, 90, 70), (0, 0, 160, 120), (100, 5, 20, 25)], [False, True, True]
+    crops = loader.MultiCropAugmentation(2, local_crops_number=1, global_crops_size=32, local_crops_size=48).cut(
+        np.asarray(image), boxes, flips)
+    for crop, (left, top, width, height), flip, size in zip(crops, boxes, flips, (32, 32, 48), strict=True):
+        theirs = image.crop((left, top, left + width, top + height)).resize((size, size), Image.BICUBIC)
+        assert (crop.int() - pixels(ImageOps.mirror(theirs) if flip else theirs)).abs().max() <= 2
 
 
-def levels(x):
-    return (x * 255).round().int()
-
-
-@pytest.mark.parametrize(("operation", "factors"), [
-    (F.adjust_brightness, (0.6, 1.0, 1.4)), (F.adjust_contrast, (0.6, 1.4)), (F.adjust_saturation, (0.8, 1.2))])
-def test_float_jitter_is_pillows_within_two_levels(operation, factors):
+@pytest.mark.parametrize(("name", "enhance", "factors"), [
+    ("brightness", ImageEnhance.Brightness, (0.6, 0.9, 1.4)), ("contrast", ImageEnhance.Contrast, (0.6, 1.1, 1.4)),
+    ("saturation", ImageEnhance.Color, (0.8, 1.05, 1.2))])
+def test_jitter_is_pillows_within_two_levels(name, enhance, factors):
     image = photo()
-    for factor in factors:
-        ours = levels(operation(F.pil_to_tensor(image) / 255, factor))
-        assert (ours - F.pil_to_tensor(operation(image, factor)).int()).abs().max() <= 2
+    ours = both_paths(image, [row(**{name: factor}) for factor in factors])
+    for crop, factor in zip(ours, factors, strict=True):
+        assert (crop - pixels(enhance(image).enhance(factor))).abs().max() <= 2
 
 
 def test_hue_is_torchvisions():
     tensor = F.pil_to_tensor(photo()) / 255
     corners = [[0, 1, 0.5, 1, 0, 0, 1, 0], [0, 1, 0.5, 0, 1, 0, 1, 0], [0, 1, 0.5, 0, 0, 1, 0, 1]]
     tensor[:, 0, :8] = torch.tensor(corners)
-    for factor in (-0.5, -0.1, -0.03, 0, 0.05, 0.1, 0.5):
-        before = tensor.clone()
+    factors = (-0.5, -0.1, -0.03, 0, 0.05, 0.1, 0.5)
+    before = tensor.clone()
+    together = loader.adjust_hue(tensor.expand(len(factors), -1, -1, -1), torch.tensor(factors).view(-1, 1, 1))
+    for factor, turned in zip(factors, together, strict=True):
         torch.testing.assert_close(loader.adjust_hue(tensor, factor), F.adjust_hue(tensor, factor), rtol=0, atol=1e-5)
-        assert torch.equal(tensor, before)
+        torch.testing.assert_close(turned, F.adjust_hue(tensor, factor), rtol=0, atol=1e-5)
+    assert torch.equal(tensor, before)
+    ours = both_paths(photo(), [row(hue=factor) for factor in (-0.1, 0.04)])
+    for crop, factor in zip(ours, (-0.1, 0.04), strict=True):
+        assert (crop - (F.adjust_hue(F.pil_to_tensor(photo()) / 255, factor) * 255).round().int()).abs().max() <= 2
     # Pillow keeps the hue in 8 bits, and int(0.1 * 255) / 255 of a turn is what it adds.
-    pillow = F.pil_to_tensor(F.adjust_hue(photo(), 0.1)).int()
-    ours = levels(loader.adjust_hue(F.pil_to_tensor(photo()) / 255, int(0.1 * 255) / 255))
-    assert (ours - pillow).abs().float().mean() < 2
+    ours = both_paths(photo(), [row(hue=int(0.1 * 255) / 255)])[0]
+    assert (ours - pixels(F.adjust_hue(photo(), 0.1))).abs().float().mean() < 2
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 1.0, 1.4, 1.5, 2.0])
 def test_blur_is_pillows(sigma):
     image = photo(60, 80)
-    tensor = F.pil_to_tensor(image) / 255
-    ours = levels(loader.gaussian_blur(tensor, sigma))
-    difference = (ours - F.pil_to_tensor(image.filter(ImageFilter.GaussianBlur(sigma))).int()).abs()
+    ours = both_paths(image, [row(sigma=sigma)])[0]
+    difference = (ours - pixels(image.filter(ImageFilter.GaussianBlur(sigma)))).abs()
     assert difference[:, 6:-6, 6:-6].max() <= 3
     assert difference.float().mean() < 1  # the border, where Pillow extends the image between its three passes
 
-    impulse = torch.zeros(1, 41, 41)
-    impulse[0, 20, 20] = 1
-    taps = loader.gaussian_blur(impulse, sigma)[0].double()
+    impulse = torch.zeros(3, 41, 41)
+    impulse[:, 20, 20] = 1
+    taps = loader.gaussian_blur(impulse, torch.from_numpy(loader.blur_taps(np.array([sigma]))[0]).float())[0].double()
     distance = torch.arange(41).double() - 20
     assert taps.sum() == pytest.approx(1, abs=1e-5)
     assert (taps.sum(0) * distance**2).sum() == pytest.approx(sigma**2, rel=1e-4)
     assert (taps.sum(1) * distance**2).sum() == pytest.approx(sigma**2, rel=1e-4)
 
 
-def test_grey_and_solarise_are_pillows(monkeypatch):
+def test_blur_taps_are_three_boxes():
+    for sigma in (0.0, 0.1, 0.7, 1.2, 2**0.5, 1.7, 2.0):
+        # The definition, by convolution: `inner` whole pixels each side of the centre, then fractional ones.
+        variance, inner = sigma**2 / 3, 0 if sigma < 2**0.5 else 1
+        width = 2 * inner + 1
+        end = width * (variance - inner * (inner + 1) / 3) / (2 * ((inner + 1) ** 2 - variance))
+        box = np.array([end] + [1] * width + [end]) / (width + 2 * end)
+        whole = np.convolve(np.convolve(box, box), box)
+        taps = loader.blur_taps(np.array([sigma]))[0]
+        assert taps[:len(whole) // 2 + 1] == pytest.approx(whole[len(whole) // 2:], abs=1e-12)
+        assert taps[len(whole) // 2 + 1:] == pytest.approx(0, abs=1e-12)
+
+
+def test_grey_and_solarise_are_pillows():
     image = photo()
-    tensor = F.pil_to_tensor(image)
-    monkeypatch.setattr(loader, "chance", lambda p: p == 0.2)  # grey and solarise, no jitter, no blur
-    expected = ImageOps.solarize(image.convert("L").convert("RGB"), 128)
-    ours = loader.random_photometry(tensor, 0.5, 0.2).int()
-    difference = (ours - F.pil_to_tensor(expected).int()).abs()
-    assert difference.max() <= 2
-    monkeypatch.setattr(loader, "chance", lambda p: p == 0.25)  # solarise alone
-    every = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-    expected = ImageOps.solarize(Image.fromarray(every.permute(1, 2, 0).numpy()), 128)
-    assert torch.equal(loader.random_photometry(every, 0.5, 0.25), F.pil_to_tensor(expected))
+    grey = image.convert("L").convert("RGB")
+    ours = both_paths(image, [row(grey=1), row(grey=1, solarize=1), row(solarize=1)])
+    assert (ours[0] - pixels(grey)).abs().max() <= 2
+    assert (ours[1] - pixels(ImageOps.solarize(grey, 128))).abs().max() <= 2
+    assert torch.equal(ours[2], pixels(ImageOps.solarize(image, 128)))
+
+
+def test_every_order_of_jitter_is_torchvisions():
+    image = photo()
+    values = {"brightness": 1.35, "contrast": 0.65, "saturation": 1.2, "hue": 0.08}
+    orders = list(itertools.permutations(range(4)))
+    ours = both_paths(image, [row(order, **values) for order in orders])
+    results = set()
+    for order, crop in zip(orders, ours, strict=True):
+        x = F.pil_to_tensor(image) / 255
+        for operation in order:
+            name = list(values)[operation]
+            x = getattr(F, f"adjust_{name}")(x, values[name])
+        assert (crop - (x * 255).round().int()).abs().max() <= 2, order
+        results.add(crop.numpy().tobytes())
+    assert len(results) > 12  # (some orders commute where nothing is clipped)
+
+
+def test_grey_comes_after_jitter_then_blur_then_solarise():
+    image = photo()
+    ours = both_paths(image, [row((3, 0, 1, 2), 1.3, 1.2, 1.1, 0.1, grey=1, solarize=1, sigma=1.5)])[0]
+    x = F.adjust_brightness(F.adjust_hue(F.pil_to_tensor(image) / 255, 0.1), 1.3)
+    x = F.rgb_to_grayscale(F.adjust_saturation(F.adjust_contrast(x, 1.2), 1.1), 3)
+    x = F.to_pil_image((x * 255).round().to(torch.uint8)).filter(ImageFilter.GaussianBlur(1.5))
+    difference = (ours - pixels(ImageOps.solarize(x, 128))).abs()
+    assert difference[:, 6:-6, 6:-6].max() <= 4
+
+
+def test_both_paths_give_the_same_crops(folder):
+    """Random rows on crops of all kinds, as they come out of the loader."""
+    cpu, device = (batches(masked_folder(folder, transform=augmentation(photometry=where)), epochs=4) for where in ("cpu", "device"))
+    assert device[0].photometry.shape == (3, 4, sum(loader.ROW)) and device[0].photometry.dtype == torch.float32
+    untouched = 0
+    for a, b in zip(cpu, device, strict=True):
+        assert equal([a[2:6]], [b[2:6]])
+        untouched += int((a.global_crops == b.global_crops).all())
+        a, b = loader.finish_batch(a), loader.finish_batch(b)
+        assert b.photometry is None and b.global_crops.dtype == torch.float32 and b.global_crops.is_contiguous()
+        for x, y in ((a.global_crops, b.global_crops), (a.local_crops, b.local_crops)):
+            assert (x - y).abs().max() <= 1.01 / 255 / min(loader.IMAGENET_STD)  # one level
+    assert not untouched
+    rows = photometry_rows(500, seed=1)
+    both_paths(photo(24, 24), list(rows))
+
+
+def test_moments_of_ten_thousand_crops_agree_between_the_paths():
+    small = {"global_crops_size": 12, "local_crops_size": 8, "local_crops_number": 3}
+    image, images = photo(), 2000
+
+    def moments(crops):
+        """[n, 3, S, S] -> [n, 11] of each crop; of the two kinds of crop together their means are compared."""
+        x = crops.float()
+        grey = (x.amax(1) - x.amin(1)).amax((1, 2)) <= 1
+        return torch.cat([x.mean((2, 3)), x.std((2, 3)), x.diff(dim=3).abs().mean((2, 3)), grey.float()[:, None],
+                          (x.amax((1, 2, 3)) < 128).float()[:, None]], dim=1)
+
+    torch.manual_seed(1)
+    cpu = [loader.MultiCropAugmentation(**small)(image) for _ in range(images)]
+    torch.manual_seed(2)
+    later = loader.MultiCropAugmentation(**small, photometry="device")
+    device, rows = zip(*(later(image) for _ in range(images)), strict=True)
+    for position in range(5):
+        ours = moments(loader.apply_photometry(torch.stack([crops[position] for crops in device]),
+                                               torch.stack([r[position] for r in rows])))
+        theirs = moments(torch.stack([crops[position] for crops in cpu]))
+        error = ((ours.var(0) + theirs.var(0)) / images).sqrt()
+        assert ((ours.mean(0) - theirs.mean(0)).abs() <= 4.5 * error + 1e-9).all(), position
+        for x in (ours, theirs):
+            assert abs(x[:, 9].mean() - 0.2) < 0.05
+            if position == 1:
+                assert 0.15 < x[:, 10].mean() < 0.3  # solarised crops, and some dark ones
+
+
+def test_device_photometry_never_waits_for_the_host():
+    """On the meta device there are no values: reading one fails."""
+    crops, rows = torch.empty(4, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.empty(4, 17, device="meta")
+    assert loader.apply_photometry(crops, rows).shape == crops.shape
+
+
+def test_device_photometry_may_be_compiled():
+    compiled = torch.compile(loader.apply_photometry, backend="aot_eager", fullgraph=True, dynamic=False)
+    crops = torch.stack([F.pil_to_tensor(photo(16, 16, seed)) for seed in range(6)])
+    rows = photometry_rows(6)
+    assert (compiled(crops, rows).int() - loader.apply_photometry(crops, rows).int()).abs().max() <= 1
 
 
 def test_normalize():
@@ -558,3 +699,75 @@ def test_collate_against_a_plain_loop(case, locals_):
         assert all(batch.local_crops[i, b].eq(10 * b + 5 + i).all() for i in range(locals_) for b in range(n_batch))
     else:
         assert batch.local_crops is None
+
+
+@pytest.mark.parametrize(("masked", "length"), [(0, 8), (1, 8), (8, 8), (9, 16)])
+def test_mask_indices_are_padded(masked, length):
+    mask = np.arange(16).reshape(4, 4) < masked
+    samples = [([torch.zeros(3, 8, 8, dtype=torch.uint8)], 0, [mask])]
+    plain, padded = loader.collate(samples), loader.collate(samples, pad_masks=8)
+    assert len(plain.mask_index) == masked and len(padded.mask_index) == len(padded.mask_weight) == length
+    assert torch.equal(padded.mask_index[:masked], plain.mask_index)
+    assert torch.equal(padded.mask_weight[:masked], plain.mask_weight)
+    assert not padded.mask_index[masked:].any() and not padded.mask_weight[masked:].any()
+    assert padded.mask_index.dtype == torch.int64 and padded.mask_weight.dtype == torch.float32
+
+
+def test_interleaved_crops_are_stacked_as_they_lie():
+    crops = [torch.randint(0, 256, (6, 6, 3), dtype=torch.uint8).permute(2, 0, 1) for _ in range(4)]
+    stacked = loader.collate([(crops[:2], 0, [np.zeros((2, 2), bool)]), (crops[2:], 1, [np.zeros((2, 2), bool)])])
+    assert stacked.global_crops.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert torch.equal(stacked.global_crops[0], torch.stack(crops[::2]))
+    assert torch.equal(stacked.local_crops[0], torch.stack(crops[1::2]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("photometry", ["cpu", "device"])
+def test_device_batches(folder, workers, photometry):
+    dataset = masked_folder(folder, transform=augmentation(photometry=photometry))
+    fetched, data_loader = [], DataLoader(dataset, 4, num_workers=workers, collate_fn=partial(loader.collate, pad_masks=64))
+    expected = [loader.finish_batch(batch) for batch in data_loader]
+
+    def watched():
+        for batch in data_loader:
+            fetched.append(batch)
+            yield batch
+
+    seen = []
+    for batch in loader.device_batches(watched(), torch.device("cpu")):
+        seen.append(batch)
+        assert len(fetched) <= len(seen) + 1
+        assert batch.global_crops.dtype == batch.local_crops.dtype == torch.float32 and batch.photometry is None
+        assert len(batch.mask_index) % 64 == 0
+    assert len(seen) == 2 and equal(seen, expected)
+
+
+def test_batches_of_other_transforms_and_without_local_crops_are_finished(folder):
+    cut = transforms.Compose([transforms.RandomCrop(24), transforms.ToTensor()])
+    batch = batches(masked_folder(folder, transform=lambda image: [cut(image)], patch_size=8))[0]
+    assert torch.equal(loader.finish_batch(batch).global_crops, loader.normalize(batch.global_crops))
+    batch = batches(masked_folder(folder, transform=augmentation(local_crops_number=0, photometry="device")))[0]
+    finished = loader.finish_batch(batch)
+    assert batch.local_crops is finished.local_crops is None
+    assert finished.global_crops.shape == batch.global_crops.shape == (2, 4, 3, 32, 32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_device_batches_on_cuda(folder, workers):
+    dataset, device = masked_folder(folder, transform=augmentation(photometry="device")), torch.device("cuda")
+    data_loader = DataLoader(dataset, 2, num_workers=workers, collate_fn=loader.collate, pin_memory=True)
+    expected = [loader.finish_batch(batch) for batch in data_loader]
+    loader.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8, device=device))  # its constants are copied once
+    device_batches = loader.device_batches(data_loader, device)
+    for other in expected:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            batch = next(device_batches)
+            for _ in range(4):  # would overwrite memory that was given back too early
+                torch.full_like(batch.global_crops, float("nan"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert (batch.global_crops.cpu() - other.global_crops).abs().max() <= 1.01 / 255 / min(loader.IMAGENET_STD)
+        assert torch.equal(batch.mask_index.cpu(), other.mask_index)
+    assert next(device_batches, None) is None

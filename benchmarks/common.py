@@ -1,0 +1,80 @@
+"""What the benchmarks share: the step of `main_ibot.py` on random batches, and a clock.
+
+Letters in shape comments: B images, G global crops, L local crops.
+"""
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import loader
+import main_ibot
+import models
+import utils
+
+K = 8192
+
+
+def training_args(args, **flags):
+    """The flags of `main_ibot.py` for the network that is measured."""
+    words = ["--arch", args.arch, "--shared_head", "true", "--norm_last_layer", "false", "--local_crops_number",
+             str(args.local_crops_number), "--pred_ratio", "0", "0.3", "--pred_ratio_var", "0", "0.2"]
+    return main_ibot.get_args_parser().parse_args(words + [f"--{name}={value}" for name, value in flags.items()])
+
+
+def random_batches(args, device, count=8):
+    """Batches of noise with masks drawn as in training, on the device, as the loader would give them."""
+    rng = np.random.default_rng(0)
+    cells = 224 // models.mask_cell(args.arch, 16)
+    batches = []
+    for _ in range(count):
+        samples = [([torch.randint(256, (3, size, size), dtype=torch.uint8)
+                     for size in [224] * 2 + [96] * args.local_crops_number], 0,
+                    [loader.block_mask(cells, cells, loader.draw_ratio((0, 0.3), (0, 0.2), rng), rng) for _ in range(2)])
+                   for _ in range(args.batch)]
+        batch = loader.collate(samples, pad_masks=64 if args.compile else 1)
+        batch = type(batch)(*(None if x is None else x.to(device) for x in batch))
+        batches.append(loader.finish_batch(batch))
+    return batches
+
+
+class Ours:
+    """`main_ibot.train_step` with what `main_ibot.train_ibot` builds for it."""
+
+    def __init__(self, args, device, **flags):
+        self.args = training_args(args, **flags)
+        self.device = device
+        self.student, self.teacher = (network.to(device) for network in main_ibot.build_networks(self.args))
+        self.ema = utils.ema_pairs(self.student, self.teacher)
+        temps = np.full(1, 0.04)
+        self.loss = main_ibot.iBOTLoss(self.args.out_dim, self.args.out_dim, temps, temps).to(device)
+        self.optimizer = main_ibot.build_optimizer("adamw", utils.get_params_groups(self.student), device)
+        amp = args.amp_dtype != "none"
+        self.amp_dtype = main_ibot.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
+        self.scaler = torch.amp.GradScaler(device.type) if self.amp_dtype == torch.float16 else None
+        for network in (self.student, self.teacher):
+            network.backbone.set_grad_checkpointing(self.args.grad_checkpointing)
+            if args.compile:
+                network.compile_parts()
+        if args.compile:
+            self.loss.compile()
+
+    def step(self, *batches):
+        return main_ibot.train_step(
+            batches, self.student, self.teacher, self.ema, self.loss, self.optimizer, self.scaler, 0, lr=5e-4,
+            weight_decay=0.04, momentum=0.996, clip_grad=3.0, freeze_last_layer=False, amp_dtype=self.amp_dtype,
+            accum_iter=len(batches))
+
+
+def timed(call, device):
+    """Seconds of `call()`, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    since = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - since

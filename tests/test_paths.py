@@ -1,0 +1,135 @@
+"""Every faster or leaner path of the step against the plain one: padded, accumulated, checkpointed, compiled, in pieces."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_loss import B, build, make_batch, some_masks
+
+import loader
+import main_ibot
+import models
+import utils
+
+
+def run(batches, networks, steps=1, **kwargs):
+    """SGD steps; returns losses, gradients, centres and the moved parameters by name."""
+    student, teacher, ibot_loss = networks
+    optimizer = torch.optim.SGD(utils.get_params_groups(student), lr=0.0)
+    for step in range(steps):
+        torch.manual_seed(step)
+        losses, _, _ = main_ibot.train_step(batches, student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None,
+                                            epoch=1, lr=0.01, weight_decay=0.1, momentum=0.9, clip_grad=3.0,
+                                            freeze_last_layer=False, **kwargs)
+    return {**losses, **dict(ibot_loss.named_buffers()), **{f"grad of {n}": p.grad for n, p in student.named_parameters()},
+            **{f"student {n}": p.detach() for n, p in student.named_parameters()},
+            **{f"teacher {n}": p for n, p in teacher.named_parameters()}}
+
+
+def assert_same(actual, expected, tolerance=1e-10, skip=()):
+    assert actual.keys() == expected.keys()
+    for name in actual.keys() - set(skip):
+        assert (actual[name] - expected[name]).abs().max() < tolerance, name
+
+
+def pad(batch, multiple):
+    """As `loader.collate` pads: more cells of index 0, without weight."""
+    more = -len(batch.mask_index) % multiple
+    return batch._replace(mask_index=torch.cat((batch.mask_index, batch.mask_index.new_zeros(more))),
+                          mask_weight=torch.cat((batch.mask_weight, batch.mask_weight.new_zeros(more))))
+
+
+def test_padding_changes_nothing():
+    networks = build(2, 3)
+    batch = make_batch(2, 3, some_masks(2))
+    expected = run([batch], copy.deepcopy(networks))
+    padded = pad(batch, 64)
+    assert len(padded.mask_index) == 64 > len(batch.mask_index)
+    assert_same(run([padded], networks), expected)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    networks = build(2, 3)
+    parts = [make_batch(2, 3, some_masks(2)) for _ in range(3)]
+    assert len({len(part.mask_index) for part in parts}) > 1  # unlike numbers of patches must not weigh
+    # The large batch: images side by side, each mask with its own weight.
+    masks = torch.cat([part.masks for part in parts], dim=1)
+    cells = torch.zeros(2, 3 * B, 16, dtype=torch.float64)
+    for i, part in enumerate(parts):
+        own = torch.zeros(2 * B * 16, dtype=torch.float64)
+        own[part.mask_index] = part.mask_weight / 3
+        cells[:, i * B:(i + 1) * B] = own.view(2, B, 16)
+    index = masks.flatten().nonzero().flatten()
+    large = loader.Batch(torch.cat([part.global_crops for part in parts], dim=1), torch.cat([part.local_crops for part in parts], dim=1),
+                         torch.zeros(3 * B), masks, index, cells.flatten()[index])
+    expected = run([large], copy.deepcopy(networks))
+    assert_same(run(iter(parts), networks, accum_iter=3), expected)
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "swin_tiny"])
+def test_checkpointed_gradients_are_the_same(arch):
+    """With drop path, whose draws must come again in the backward pass."""
+    results = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        backbone = models.build_backbone(arch, patch_size=16, img_size=64, drop_path_rate=0.5).train().double()
+        backbone.set_grad_checkpointing(on)
+        torch.manual_seed(1)
+        x = backbone.forward_crops([torch.randn(3, 3, 64, 64).double(), torch.randn(4, 3, 32, 32).double()], wanted=torch.arange(3))[0]
+        x.square().sum().backward()
+        results.append({"out": x.detach(), **{n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}})
+    assert len(results[0]) > 20
+    assert_same(*results)
+
+
+def test_packed_drop_path_follows_the_rule():
+    """Drawn per crop, block and branch with timm's rates; kept branches are scaled up, and all tokens of a crop agree."""
+    model = models.vit_nano(patch_size=16, img_size=64, drop_path_rate=0.6)
+    torch.manual_seed(0)
+    shapes = ((2000, 3), (1000, 2))
+    scales = model._drop_scales(shapes, torch.device("cpu"))
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert len(scales) == len(rates) == 4 and rates[-1] == pytest.approx(0.6)
+    for scale, rate in zip(scales, rates, strict=True):
+        assert scale.shape == (2, 8000, 1)
+        first, second = scale[:, :6000, 0].unflatten(1, (2000, 3)), scale[:, 6000:, 0].unflatten(1, (1000, 2))
+        assert (first == first[..., :1]).all() and (second == second[..., :1]).all()
+        drawn = torch.cat((first[..., 0], second[..., 0]), dim=1)  # [2, 3000]
+        assert ((drawn == 0) | torch.isclose(drawn, torch.tensor(1 / (1 - rate)))).all()
+        assert abs((drawn == 0).float().mean() - rate) < 4 * np.sqrt(0.25 / 6000)
+    assert not torch.equal(scales[-1][0], scales[-1][1])
+    assert model.eval()._drop_scales(shapes, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_pieces_of_the_patch_loss(hard):
+    args = [torch.randn(10, 7, dtype=torch.float64) for _ in range(2)] + [torch.rand(10, dtype=torch.float64), torch.randn(7).double(), 0.1, 0.05]
+    gradients, values = [], []
+    for loss in (main_ibot.patch_cross_entropy, main_ibot.in_pieces(main_ibot.patch_cross_entropy, size=21)):
+        student = args[0].clone().requires_grad_()
+        values.append(loss(student, *args[1:], hard=hard))
+        values[-1].backward()
+        gradients.append(student.grad)
+    assert abs(values[0] - values[1]) < 1e-12 and torch.allclose(*gradients, atol=1e-14)
+
+
+def test_compiled_step_is_the_same_and_compiles_once():
+    """Inductor on CPU; the number of masked patches changes from step to step, the compiled programs do not."""
+    torch.manual_seed(3)
+    batches = [pad(make_batch(2, 3, torch.rand(2, B, 4, 4) < share), 16) for share in (0.2, 0.5, 0.8, 0.4, 0.9, 0.0)]
+    batches[-1] = batches[-1]._replace(mask_index=torch.zeros(16, dtype=torch.int64), mask_weight=torch.zeros(16).double())
+    assert len({len(batch.mask_index) for batch in batches}) > 2
+    networks = build(2, 3)
+    plain = copy.deepcopy(networks)
+    for network in networks[:2]:
+        network.compile_parts()
+    networks[2].compile()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for batch in batches:
+        expected = run([batch], plain)
+        assert_same(run([batch], networks), expected, tolerance=1e-9)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1] <= 14, graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
