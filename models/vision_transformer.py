@@ -37,7 +37,7 @@ class PackedBlock(Block):
     """timm's block, which can also take the tokens of crops of several sizes at once."""
 
     def packed(self, x, shapes, drop_scales=None, rows=None):
-        """Norms, projections and MLP run over all tokens together, attention for each crop size by itself.
+        """Norms, qkv and MLP run over all tokens together, attention for each crop size by itself.
 
         Args:
             x: [T, D], the tokens of all crops end to end.
@@ -53,12 +53,13 @@ class PackedBlock(Block):
         for tokens, (B, N) in zip(qkv.split([B * N for B, N in shapes]), shapes, strict=True):
             q, k, v = tokens.view(B, N, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
             parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))  # [B * N, D]
-        attended = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if rows is not None:
-            x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+        if rows is None:  # projected apart: their concatenation would be kept for the backward pass beside the parts
+            attended = torch.cat([self.attn.proj(part) for part in parts])
+        else:
+            x, attended = x.index_select(0, rows), self.attn.proj(torch.cat(parts).index_select(0, rows))
             drop_scales = None if drop_scales is None else drop_scales.index_select(1, rows)
         first, second = (1.0, 1.0) if drop_scales is None else drop_scales
-        x = x + first * self.attn.proj(attended)
+        x = x + first * attended
         return x + second * self.mlp(self.norm2(x))
 
 
