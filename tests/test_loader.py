@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from scipy.ndimage import correlate1d
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
@@ -429,7 +430,9 @@ def test_photometry_probabilities_and_ranges():
         unit = (values - centre) / half
         assert -1 <= unit.min() < -0.99 and 0.99 < unit.max() <= 1 + 1e-6
         assert abs(unit.mean()) < 0.03 and abs(unit.var() - 1 / 3) < 0.02  # uniform
-    assert abs(np.corrcoef(factors[jittered].T) - np.eye(4)).max() < 0.05
+    draws = torch.cat([factors, grey, solarize, taps[:, :1]], dim=1)[jittered]
+    assert abs(np.corrcoef(draws.T) - np.eye(7)).max() < 0.06
+    assert abs(np.corrcoef(order.argsort(dim=1)[jittered].T, draws.T)[:4, 4:]).max() < 0.06
     assert abs(grey.mean() - 0.2) < 0.02 and abs(solarize.mean() - 0.2) < 0.02
     sigma = (2 * taps @ torch.arange(7.0) ** 2).sqrt()  # second moment of the filter
     blurred = sigma > 0.01
@@ -476,7 +479,7 @@ def test_boxes_have_torchvisions_distribution(width, height, scale):
         area, aspect = w * h / (width * height), np.log(w / h)
         right, below = left / np.maximum(width - w, 1), top / np.maximum(height - h, 1)
         return np.stack([area, aspect, right, below, area**2, aspect**2, right**2, below**2, area * aspect, area * right,
-                         area < 0.3, w == width, h == height])
+                         right * below, aspect * below, area < 0.3, w == width, h == height])
 
     a, b = statistics(ours), statistics(theirs)
     assert (np.abs(a.mean(1) - b.mean(1)) <= 4.5 * np.sqrt((a.var(1) + b.var(1)) / n) + 1e-12).all()
@@ -535,6 +538,12 @@ def test_blur_is_pillows(sigma):
     difference = (ours - pixels(image.filter(ImageFilter.GaussianBlur(sigma)))).abs()
     assert difference[:, 6:-6, 6:-6].max() <= 3
     assert difference.float().mean() < 1  # the border, where Pillow extends the image between its three passes
+
+    half = loader.blur_taps(np.array([sigma]))[0]
+    plain = np.asarray(image, float).transpose(2, 0, 1)
+    for axis in (1, 2):
+        plain = correlate1d(plain, np.concatenate((half[:0:-1], half)), axis, mode="nearest")
+    assert np.abs(ours.numpy() - plain).max() < 0.51
 
     impulse = torch.zeros(3, 41, 41)
     impulse[:, 20, 20] = 1
