@@ -4,6 +4,7 @@
     python benchmarks/pretrain_step.py --arch vit_base --batch 32 --local_crops_number 0
     python benchmarks/pretrain_step.py --table                          # all networks and crops of benchmarks/README.md
     python benchmarks/pretrain_step.py --data_path data/imagenet/train  # also: training from the real loader
+    python benchmarks/pretrain_step.py --watch --compile true           # compilations and waits in 200 steps
 
 The two steps alternate within one process, so that both meet the same noise; the ratio is that of the medians. Each
 path's peak memory is taken in a process of its own. K is 8192, the head shared.
@@ -46,6 +47,8 @@ def get_args():
     parser.add_argument("--table", action="store_true", help="all networks and crops")
     parser.add_argument("--variants", action="store_true",
                         help="instead of the baseline: our step against itself, crop sizes apart or checkpointed")
+    parser.add_argument("--watch", action="store_true",
+                        help="instead: count the compilations in 200 of our steps; on a GPU, fail if a step waits for it")
     parser.add_argument("--data_path", default=None, help="image folder: also train from it with the real loader")
     parser.add_argument("--num_workers", default=None, type=int, help="of that loader; default: the cores less one")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)  # the path whose peak memory a child process takes
@@ -147,8 +150,6 @@ class Baseline:
         return loss.item()
 
 
-
-
 # ---------------------------------------------------------------- measuring
 
 def forward_flops(args, batch):
@@ -215,7 +216,7 @@ def peak_memory(name, args, device):
 
 def memory_in_child(name, args):
     words = [f"--{key}={value}" for key, value in vars(args).items()
-             if key not in ("table", "variants", "one", "data_path", "num_workers")]
+             if key not in ("table", "variants", "watch", "one", "data_path", "num_workers")]
     result = subprocess.run([sys.executable, __file__, *words, "--one", name], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"the memory of {name} was not measured:\n{result.stderr}")
@@ -269,6 +270,25 @@ def measure_variants(args, device):
         print(f"  {name:<17} {1e3 * t[name]:8.1f} ms a step, {t[name] / t['ours']:.3f} of ours")
 
 
+def watch(args, device, steps=200):
+    """Print how many programs our step has been compiled into after some steps, each with other masks."""
+    stats = torch._dynamo.utils.counters["stats"]
+    ours, counts = Ours(args, device), {}
+    batches = random_batches(args, device, count=steps)
+    for i, batch in enumerate(batches, 1):
+        if device.type == "cuda" and i > 10:  # the first allocate, compile and tune
+            torch.cuda.set_sync_debug_mode("error")
+        ours.step(batch)
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        if i in (1, 2, 10, 50, 100, steps):
+            counts[i] = stats["unique_graphs"]
+    masked = {len(batch.mask_index) for batch in batches}
+    print(f"{args.arch}, batch {args.batch}, {len(masked)} different numbers of masked patches: compiled programs after "
+          + ", ".join(f"{n} in step {i}" for i, n in counts.items())
+          + ("; no step after the tenth waited for the GPU" if device.type == "cuda" else ""))
+
+
 def measure_loader(args, device, step_seconds):
     """Print images/s of training from the real loader, against the step's alone."""
     on_device = device.type != "cpu"
@@ -294,21 +314,27 @@ def measure_loader(args, device, step_seconds):
 
 def main():
     args, device = get_args()
+    if args.table:  # a process for each row: memory of the rows before it would count as a child's
+        rest = [word for word in sys.argv[1:] if word != "--table"]
+        for arch, local in TABLE:
+            words = [*rest, "--arch", arch, "--local_crops_number", str(local)]
+            subprocess.run([sys.executable, __file__, *words], check=True)
+        return
     if args.one:
         print(json.dumps(peak_memory(args.one, args, device)))
         return
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"device: {name}; torch {torch.__version__}, timm {timm.__version__}; "
           f"medians of {args.steps} steps, the paths in turn", flush=True)
-    for arch, local in TABLE if args.table else [(args.arch, args.local_crops_number)]:
-        row = argparse.Namespace(**{**vars(args), "arch": arch, "local_crops_number": local})
-        torch.manual_seed(0)
-        if args.variants:
-            measure_variants(row, device)
-            continue
-        step_seconds = measure(row, device)
+    torch.manual_seed(0)
+    if args.variants:
+        measure_variants(args, device)
+    elif args.watch:
+        watch(args, device)
+    else:
+        step_seconds = measure(args, device)
         if args.data_path:
-            measure_loader(row, device, step_seconds)
+            measure_loader(args, device, step_seconds)
 
 
 if __name__ == "__main__":
