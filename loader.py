@@ -6,6 +6,7 @@ h x w the mask grid of a global crop, M masked cells of a batch.
 """
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
+from torch.utils.data import DistributedSampler, default_collate
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -623,6 +624,20 @@ class Batch(NamedTuple):
     mask_index: torch.Tensor  # int64 [M], into G * B * h * w
     mask_weight: torch.Tensor  # float32 [M]
     photometry: torch.Tensor | None = None  # float32 [G + L, B, 17], what is left for the device to do
+
+
+class ResumableSampler(DistributedSampler):
+    """`DistributedSampler` that can start in the middle of an epoch; its length stays that of a whole one."""
+
+    start = 0
+
+    def set_epoch(self, epoch, start=0):
+        """Epoch, and how many of this process's samples of it were used already."""
+        super().set_epoch(epoch)
+        self.start = start
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.start, None)
 
 
 def collate(samples, pad_masks=1):

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -23,14 +24,19 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import loader
 import models
 import utils
 
-CHECKPOINT = "checkpoint.pth"
+CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+METERS = ("loss", "cls", "patch", "acc", "grad_norm")
+SIGNS = ("cls_entropy", "cls_kl", "cls_std", "patch_entropy", "patch_cross", "patch_share", "patch_used")
+MAX_DROPPED = 20  # updates in a row; float16's scaler finds its scale in fewer
+BAD_IMAGES = "bad_images.txt"
+SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
 
 
 def get_args_parser():
@@ -93,6 +99,9 @@ def get_args_parser():
                        help="largest gradient norm of each parameter tensor by itself; 0 turns it off")
     optim.add_argument("--freeze_last_layer", default=1, type=int, help="epochs without updates of the last layer")
     optim.add_argument("--momentum_teacher", default=0.996, type=float, help="EMA momentum at the start; rises to 1")
+    optim.add_argument("--on_nonfinite", default="stop", choices=("stop", "skip"),
+                       help="losses or gradients that are not finite: end the run, or go on without that update "
+                            f"({MAX_DROPPED} in a row end it too)")
     optim.add_argument("--use_fp16", default=True, type=flag, help="mixed precision")
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
                        help="auto: bfloat16 on GPUs that have it and CPUs with matrix units for it (AMX), float16 with "
@@ -112,14 +121,22 @@ def get_args_parser():
                       help="where colours are changed: in the loader's processes or on the training device; auto: on a GPU")
     data.add_argument("--on_bad_image", default="skip", choices=("error", "skip"),
                       help="skip: another image takes the place of one that cannot be read; counted and named")
+    data.add_argument("--max_bad_images", default=0.01, type=float,
+                      help="end the run when more images cannot be read: a share of all below 1, else a number")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default=".", type=str)
     run.add_argument("--load_from", default=None, type=str,
-                     help=f"resume from this file of the output folder, e.g. {CHECKPOINT}")
+                     help=f"resume from this file of the output folder, e.g. {CHECKPOINT}; auto: from the newest good one, "
+                          "or a fresh start where there is none")
     run.add_argument("--overwrite", default=False, type=flag, help="start over in an output folder that holds a run")
     run.add_argument("--saveckp_freq", default=40, type=int,
                      help="also keep checkpointNNNN.pth every so many epochs; 0: never")
+    run.add_argument("--save_every_steps", default=0, type=int,
+                     help=f"also save {CHECKPOINT} every so many updates; 0: never")
+    run.add_argument("--save_every_minutes", default=0.0, type=float, help="the same by the clock")
+    run.add_argument("--on_save_error", default="continue", choices=("continue", "stop"),
+                     help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
     run.add_argument("--compile", default=None, type=flag,
                      help="compile blocks, head and loss (a minute or more at the start); default: on CUDA")
@@ -143,7 +160,8 @@ def check_args(args):
                  "print_freq", "accum_iter", "global_crops_number", "global_crops_size", "local_crops_size"):
         need(getattr(args, name) >= 1, f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs", "pred_start_epoch",
-                 "freeze_last_layer", "saveckp_freq", "clip_grad", "lambda1", "lambda2", "lr", "min_lr", "seed"):
+                 "freeze_last_layer", "saveckp_freq", "save_every_steps", "save_every_minutes", "max_bad_images",
+                 "clip_grad", "lambda1", "lambda2", "lr", "min_lr", "seed"):
         need(getattr(args, name) >= 0, f"--{name} must not be negative: {getattr(args, name)}")
     need(args.num_workers is None or args.num_workers >= 0, f"--num_workers must not be negative: {args.num_workers}")
     for name in ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_patch_temp", "teacher_patch_temp"):
@@ -182,13 +200,15 @@ def check_args(args):
 
     output_dir = Path(args.output_dir)
     need(not output_dir.exists() or output_dir.is_dir(), f"--output_dir {output_dir} is a file")
+    need(not (args.load_from and args.overwrite), "--load_from resumes and --overwrite true starts over: give one of them")
     if args.load_from:
-        need((output_dir / args.load_from).is_file(), f"--load_from: {output_dir / args.load_from} does not exist")
+        need(args.load_from == "auto" or (output_dir / args.load_from).is_file(),
+             f"--load_from: {output_dir / args.load_from} does not exist")
     else:
         held = run_files(output_dir)
         need(args.overwrite or not held,
              f"--output_dir {output_dir} already holds a run ({', '.join(p.name for p in held[:3])}): resume with "
-             f"--load_from {CHECKPOINT}, start over with --overwrite true, or choose another folder")
+             "--load_from auto, start over with --overwrite true, or choose another folder")
 
 
 # ---------------------------------------------------------------- the loss
@@ -284,18 +304,50 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         return {"loss": self.lambda1 * cls_loss + self.lambda2 * patch_loss, "cls": cls_loss, "patch": patch_loss}
 
     @torch.no_grad()
-    def update_centers(self):
-        """Move the centres towards the teacher's mean outputs over all batches since the last call, and all processes."""
+    def update_centers(self, finite):
+        """Move the centres towards the teacher's mean outputs over all batches since the last call, and all processes.
+
+        finite: 0-d bool tensor, whether this process's step may count. Returns whether that of all may, the teacher's
+        outputs included; if not, the centres stay.
+        """
         cls_means, patch_means = zip(*self.teacher_means, strict=True)
         self.teacher_means = []
         patches = self.patch_centering and patch_means[0] is not None
-        means = torch.stack(cls_means).mean(dim=0)
+        means = [torch.where(finite, 0.0, math.nan).view(1), torch.stack(cls_means).mean(dim=0)]
         if patches:
-            means = torch.cat((means, torch.stack(patch_means).mean(dim=0)))
-        means = utils.all_reduce_mean(means)
-        self.center.lerp_(means[None, :self.center.shape[-1]], 1 - self.center_momentum)
+            means.append(torch.stack(patch_means).mean(dim=0))
+        means = utils.all_reduce_mean(torch.cat(means))
+        finite, means = means.isfinite().all(), means[1:]
+        K = self.center.shape[-1]
+        moved = self.center.lerp(means[None, :K], 1 - self.center_momentum)
+        self.center.copy_(torch.where(finite, moved, self.center))
         if patches:
-            self.center2.lerp_(means[None, None, self.center.shape[-1]:], 1 - self.patch_center_momentum)
+            moved = self.center2.lerp(means[None, None, K:], 1 - self.patch_center_momentum)
+            self.center2.copy_(torch.where(finite, moved, self.center2))
+        return finite
+
+    @torch.no_grad()
+    def collapse_signs(self, teacher_cls, teacher_patch, mask_weight, losses, epoch):
+        """What shows that the targets collapse, of the batch that gave `losses` (arguments as in `forward`).
+
+        Returns {name: 0-d tensor} with the names `SIGNS`: mean entropy of the [CLS] targets and their divergence
+        KL(teacher, student); standard deviation of the teacher's [CLS] outputs over images; for patches the entropy and the
+        cross-entropy, both to be divided by `patch_share`, which is 0 without masks; share of K' that masked patches use.
+        """
+        def entropy(logits, center, temp):
+            log_p = ((models.at_least_float32(logits) - center) / temp).log_softmax(dim=-1)
+            return -(log_p.exp() * log_p).sum(dim=-1)
+
+        cls_entropy = entropy(teacher_cls, self.center, self.teacher_temps[epoch]).mean()
+        rows = max(1, 2**22 // teacher_patch.shape[1])  # a few at a time, as in `in_pieces`
+        patch_entropy = torch.cat([entropy(part, self.center2[0], self.teacher_patch_temps[epoch])
+                                   for part in teacher_patch.split(rows)])
+        used = teacher_patch.new_zeros(teacher_patch.shape[1], dtype=torch.float32)
+        if len(teacher_patch):
+            used.scatter_reduce_(0, teacher_patch.argmax(dim=-1), (mask_weight > 0).float(), "amax")
+        return dict(zip(SIGNS, (
+            cls_entropy, losses["cls"] - cls_entropy, models.at_least_float32(teacher_cls).std(dim=0, correction=0).mean(),
+            (patch_entropy * mask_weight).sum(), losses["patch"], mask_weight.sum(), used.mean()), strict=True))
 
 
 # ---------------------------------------------------------------- training
@@ -369,8 +421,20 @@ def build_schedules(args, steps_per_epoch, total_batch):
 
 
 def train_ibot(args):
-    """Pre-train as `args` (of `get_args_parser`) say; `args` is only read."""
+    """Pre-train as `args` (of `get_args_parser`) say; `args` is only read.
+
+    Raises `utils.InputError`, FloatingPointError for numbers that are not finite, and `utils.Preempted` when SIGTERM or
+    SIGUSR1 came and the run is saved.
+    """
     check_args(args)
+    signals = utils.StopSignals()
+    try:
+        pretrain(args, signals)
+    finally:
+        signals.restore()
+
+
+def pretrain(args, signals):
     process = utils.init_process(args.device, args.dist_url)
     device, main_process = process.device, process.rank == 0
     output_dir = Path(args.output_dir)
@@ -389,11 +453,12 @@ def train_ibot(args):
         patch_size=models.mask_cell(args.arch, args.patch_size), pred_ratio=args.pred_ratio,
         pred_ratio_var=args.pred_ratio_var, pred_shape=args.pred_shape, pred_start_epoch=args.pred_start_epoch,
         seed=args.seed, on_bad_image=args.on_bad_image)
-    sampler = DistributedSampler(dataset, process.world_size, process.rank, shuffle=True, seed=args.seed)
+    sampler = loader.ResumableSampler(dataset, process.world_size, process.rank, shuffle=True, seed=args.seed)
     data_loader = DataLoader(
         dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=workers, drop_last=True,
         collate_fn=partial(loader.collate, pad_masks=64 if compiled else 1),
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=utils.ignore_signals,
+        generator=torch.Generator())  # its own, or starting workers in mid-epoch would draw from the run's
     total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
     steps_per_epoch = len(data_loader) // args.accum_iter
     if not steps_per_epoch:
@@ -424,14 +489,24 @@ def train_ibot(args):
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
 
     # ============ resume ============
-    start_epoch = 0
-    if args.load_from:
-        start_epoch = restore(output_dir / args.load_from, student, teacher, optimizer, ibot_loss, scaler)
+    start_epoch, progress = 0, new_progress()
+    path, checkpoint = find_checkpoint(output_dir, args.load_from) if args.load_from else (None, None)
+    if path:
+        restore(path, checkpoint, student, teacher, optimizer, ibot_loss, scaler)
+        start_epoch, progress = checkpoint["epoch"], new_progress() | checkpoint.get("progress", {})
+        images = progress["step"] * progress["total_batch"]  # of the running epoch
+        progress["step"] = images // total_batch
+        notes += notes_of_resume(path, checkpoint, args, process, len(dataset), images, progress["step"] * total_batch)
+        del checkpoint
+    started = start_epoch * steps_per_epoch + progress["step"]
+    if utils.host_reduce(started) != -utils.host_reduce(-started):
+        raise utils.InputError(f"--load_from {args.load_from}: the processes found different checkpoints; "
+                               f"all nodes must see the same {output_dir}")
 
     writer = None
     if main_process:
-        start_output(output_dir, keep=bool(args.load_from))
-        writer = SummaryWriter(output_dir / "tf_logs")
+        start_output(output_dir, start_epoch if path else None)
+        writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
@@ -439,107 +514,182 @@ def train_ibot(args):
               f"{'device' if on_device else 'cpu'}; {workers} loader processes")
         print(f"total batch: {total_batch}; "
               f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
-        print("\n".join(notes + [f"starting at epoch {start_epoch} of {args.epochs}"]), flush=True)
+        where = f"starting at epoch {start_epoch} of {args.epochs}" + f", step {progress['step']}" * (progress["step"] > 0)
+        print("\n".join(notes + [where]), flush=True)
 
     # ============ training ============
-    start_time = time.time()
+    start_time, saved_at = time.time(), time.monotonic()
+    bad_before = set(progress["bad"])
+
+    def wanted():
+        """What this process wants before the next batch: STOP, SAVE or nothing."""
+        due = main_process and args.save_every_minutes and time.monotonic() - saved_at > 60 * args.save_every_minutes
+        return STOP if signals.received else SAVE if due else 0
+
+    def save_now(epoch, progress):
+        """Save the run as it is before update `progress["step"]` of `epoch`; all processes call it. False if that fails."""
+        nonlocal saved_at
+        own = {"total_batch": total_batch, "folder": len(dataset), "bad": bad_images(dataset, bad_before, device),
+               "random": [part.cpu() for part in utils.gather_parts(utils.random_state(device).to(device))]}
+        if main_process:
+            saved = save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress | own)
+        saved_at = time.monotonic()
+        return not main_process or saved
+
     for epoch in range(start_epoch, args.epochs):
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch, start=progress["step"] * args.accum_iter * args.batch_size_per_gpu)
         dataset.set_epoch(epoch)
         # Drop path differs by process; by epoch too, so that a resumed epoch draws what it would have drawn.
-        utils.fix_random_seeds(int(np.random.SeedSequence((args.seed, epoch, process.rank)).generate_state(1)[0]))
+        seed = (args.seed, epoch, process.rank) + (progress["step"],) * (progress["step"] > 0)
+        utils.fix_random_seeds(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        if progress["step"] and len(progress["random"]) == process.world_size:
+            utils.set_random_state(progress["random"][process.rank], device)
         batches = loader.device_batches(data_loader, device, photometry)
-        stats = train_one_epoch(ddp_student, teacher, ema, ibot_loss, optimizer, scaler, batches, steps_per_epoch,
-                                schedules, epoch, amp_dtype, writer, args, device)
-        if not torch.stack(torch._foreach_norm(list(student.parameters()))).isfinite().all():
-            raise FloatingPointError(f"a weight became non-finite in epoch {epoch}; the last checkpoint is intact")
-        bad = skipped_images(dataset, device)
+        check = partial(check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
+        stats = train_one_epoch(
+            ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),
+            steps_per_epoch, schedules, epoch, progress, wanted, save_now, check, amp_dtype, writer, args, device)
+        bad = bad_images(dataset, bad_before, device)
         if main_process:
-            save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler)
-            with open(output_dir / "log.txt", "a") as file:
-                file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
-            for name, value in stats.items():
-                writer.add_scalar(f"epoch/{name}", value, epoch)
+            write_logs(output_dir, epoch, stats, writer, bad)
             print(f"epoch {epoch} done: " + "  ".join(f"{k} {v:.4g}" for k, v in stats.items()))
+            for line in collapse_warnings(stats, args.out_dim, ibot_loss.center2.shape[-1], schedules["temp"][epoch]):
+                print(f"warning: {line}")
             if bad:
-                print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(map(str, bad[:10]))}")
+                print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(bad[:10])}; all: "
+                      f"{output_dir / BAD_IMAGES}")
             print(end="", flush=True)
+        progress = new_progress()
+        save_now(epoch + 1, progress)
     if main_process:
         writer.close()
         if start_epoch >= args.epochs:
-            print(f"nothing to do: {output_dir / args.load_from} has finished {start_epoch} epochs")
+            print(f"nothing to do: {path} has finished {start_epoch} epochs")
         print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / CHECKPOINT}")
 
 
-def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, batches, steps, schedules, epoch, amp_dtype,
-                    writer, args, device):
-    """`steps` updates with `batches`. Returns the epoch's means by meter name (on process 0 also the clustering scores)."""
-    meters = utils.DeviceMeters(("loss", "cls", "patch", "acc"))
-    totals, count, waited, since = {}, 0, 0.0, time.time()
-    real, predicted = [], []  # labels of the folders, the teacher's clusters
+def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, steps, schedules, epoch, progress, wanted,
+                    save_now, check_images, amp_dtype, writer, args, device):
+    """Updates `progress["step"]` to `steps` of an epoch. Returns its means by name (on process 0 also clustering scores).
 
-    def next_batch():
+    Args:
+        fetch: gives the next batch, or None when a signal ended the wait.
+        progress: `new_progress()`, or as a checkpoint had it; kept up to date.
+        wanted, save_now, check_images: see `pretrain`; `check_images` is called with each log line.
+
+    Raises `utils.Preempted` at the first batch at which any process wants to STOP, after saving.
+    """
+    meters, signs = utils.DeviceMeters(METERS), utils.DeviceMeters(SIGNS)
+    waited, since, since_step = 0.0, time.time(), progress["step"]
+    # What a checkpoint held is of all processes; one of them goes on with it.
+    real, predicted = ([progress[name][:None if writer else 0].to(device)] for name in ("labels", "clusters"))
+
+    def next_batch(first):
         nonlocal waited
         wait_from = time.time()
-        batch = next(batches)
+        batch = fetch()
         waited += time.time() - wait_from
+        # The hosts agree before each batch, so that all stop at the same one, whichever of them a signal or a stall met.
+        want = utils.host_reduce(wanted())
+        if want == STOP:
+            raise utils.Preempted
+        if want == SAVE and first:
+            save_here()
         return batch
 
-    for it in range(steps):
+    def read_meters():
+        """Bring what the device still holds into `progress` and the log; the one wait for the device."""
+        rows = meters.read()
+        for step, row in enumerate(rows, start=epoch * steps + progress["step"] - len(rows)):
+            row |= {"lr": float(schedules["lr"][step]), "wd": float(schedules["wd"][step])}
+            count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
+            log_scalars(writer, "step", row, step)
+        for row in signs.read():
+            share = row.pop("patch_share")
+            cross = row.pop("patch_cross")
+            if share:  # some patch was masked
+                row["patch_entropy"] /= share
+                row["patch_kl"] = cross / share - row["patch_entropy"]
+            else:
+                del row["patch_entropy"], row["patch_used"]
+            if "nonfinite" not in row:
+                add_row(progress, row)
+                log_scalars(writer, "step", row, epoch * steps + progress["step"] - 1)
+        return rows
+
+    def save_here():
+        read_meters()
+        labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu() for parts in (real, predicted))
+        return save_now(epoch, progress | {"labels": labels, "clusters": clusters})
+
+    for it in range(progress["step"], steps):
         step = epoch * steps + it
-        means, labels, clusters = train_step(
-            (next_batch() for _ in range(args.accum_iter)), student, teacher, ema, ibot_loss, optimizer, scaler, epoch,
-            lr=schedules["lr"][step], weight_decay=schedules["wd"][step], momentum=schedules["momentum"][step],
-            clip_grad=args.clip_grad, freeze_last_layer=epoch < args.freeze_last_layer, amp_dtype=amp_dtype,
-            accum_iter=args.accum_iter)
-        meters.add(*(means[name] for name in meters.names))
+        log_step = (it + 1) % args.print_freq == 0 or it + 1 == steps
+        before = utils.random_state(device)
+        if args.save_every_steps and it and step % args.save_every_steps == 0:
+            save_here()
+        try:
+            means, watched, labels, clusters = train_step(
+                (next_batch(first=i == 0) for i in range(args.accum_iter)), student, teacher, ema, ibot_loss, optimizer,
+                scaler, epoch, lr=schedules["lr"][step], weight_decay=schedules["wd"][step],
+                momentum=schedules["momentum"][step], clip_grad=args.clip_grad,
+                freeze_last_layer=epoch < args.freeze_last_layer, amp_dtype=amp_dtype, accum_iter=args.accum_iter,
+                watch=log_step)
+        except utils.Preempted:
+            ibot_loss.teacher_means.clear()  # of batches of this update, which a resumed run computes again
+            utils.set_random_state(before, device)
+            failed = not save_here()
+            if utils.host_reduce(int(failed)):  # also waits for process 0, which a launcher would kill when another ends
+                raise utils.InputError("a signal asked to stop, but the run could not be saved") from None
+            raise utils.Preempted(f"stopped by a signal at epoch {epoch}, step {it}, and saved: the same command with "
+                                  "--load_from auto goes on from there") from None
+        progress["step"] = it + 1
+        meters.add(*(means[name] for name in METERS))
+        if log_step:
+            signs.add(*(watched[name] for name in SIGNS))
         real.append(labels)
         predicted.append(clusters)
 
-        if (it + 1) % args.print_freq and it + 1 < steps:
+        if not log_step:
             continue
-        rows = meters.read()  # the one wait for the device
+        last = read_meters()[-1]
         elapsed, now = time.time() - since, time.time()
-        for i, row in enumerate(rows, start=step + 1 - len(rows)):
-            row |= {"lr": float(schedules["lr"][i]), "wd": float(schedules["wd"][i])}
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"loss is {row['loss']} at step {i} (epoch {epoch}): cls {row['cls']}, patch {row['patch']}, "
-                    f"learning rate {row['lr']:.3g}; the last checkpoint is intact. "
-                    "With float16, try --amp_dtype bfloat16 or --use_fp16 false")
-            for name, value in row.items():
-                totals[name] = totals.get(name, 0.0) + value
-                if writer:
-                    writer.add_scalar(f"step/{name}", value, i)
-            count += 1
         if writer:
-            images_s = len(rows) * len(labels) * utils.get_world_size() / elapsed
-            left = (args.epochs * steps - step - 1) * elapsed / len(rows)
+            images_s = (it + 1 - since_step) * len(labels) * utils.get_world_size() / elapsed
+            left = (args.epochs * steps - step - 1) * elapsed / (it + 1 - since_step)
             print(f"epoch {epoch}/{args.epochs} [{it + 1:>{len(str(steps))}}/{steps}]  "
-                  + "  ".join(f"{name} {rows[-1][name]:.4f} ({totals[name] / count:.4f})" for name in meters.names)
-                  + f"  lr {rows[-1]['lr']:.2e}  wd {rows[-1]['wd']:.3f}  {images_s:.1f} images/s"
+                  + "  ".join(f"{name} {last[name]:.4f} ({mean_of(progress, name):.4f})" for name in METERS[:4])
+                  + f"  lr {last['lr']:.2e}  wd {last['wd']:.3f}  {images_s:.1f} images/s"
                   f"  data {100 * waited / elapsed:.0f} %  memory {utils.peak_memory_mib(device):.0f} MiB"
                   f"  eta {utils.eta_string(left)}", flush=True)
-            writer.add_scalar("step/images_per_second", images_s, step)
-        waited, since = 0.0, now
+            log_scalars(writer, "step", {"images_per_second": images_s}, step)
+        waited, since, since_step = 0.0, now, it + 1
+        check_images()
 
-    stats = {name: value / count for name, value in totals.items()}
-    real, predicted = utils.gather_variable(torch.cat(real)), utils.gather_variable(torch.cat(predicted))
-    return stats | (utils.clustering_scores(real.cpu().numpy(), predicted.cpu().numpy()) if writer else {})
+    stats = {name: mean_of(progress, name) for name in progress["totals"]}
+    labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu().numpy() for parts in (real, predicted))
+    if writer:
+        stats |= utils.clustering_scores(labels, clusters)
+        stats["cls_used"] = len(np.unique(clusters)) / args.out_dim
+    return stats
 
 
 def train_step(batches, student, teacher, ema, ibot_loss, optimizer, scaler, epoch, lr, weight_decay, momentum, clip_grad,
-               freeze_last_layer, amp_dtype=None, accum_iter=1):
+               freeze_last_layer, amp_dtype=None, accum_iter=1, watch=False):
     """One update of student, teacher and centres, without waiting for the device.
+
+    If a loss, a gradient or the teacher's outputs are not finite on any process, student, optimiser and centres stay.
 
     Args:
         batches: `accum_iter` batches (`loader.Batch`, normalised crops on the device), taken one by one. Gradients, losses
             and centres are those of one large batch of them all; batch norm in the head has each batch's own statistics.
         ema: `utils.ema_pairs(student, teacher)`.
+        watch: also compute `iBOTLoss.collapse_signs` of the last batch.
 
     Returns:
-        {"loss", "cls", "patch", "acc"}, 0-d tensors; labels [B] of all batches; the teacher's clusters [B], the largest
-        output for the first global crop. `acc`: how often the student puts the second crop into the same.
+        {"loss", "cls", "patch", "acc", "grad_norm"}, 0-d tensors; the signs (empty unless `watch`); labels [B] of all
+        batches; the teacher's clusters [B], the largest output for the first global crop. `acc`: how often the student puts
+        the second crop into the same; `grad_norm`: before clipping.
     """
     # schedules; only the first group is decayed
     for group in optimizer.param_groups:
@@ -573,50 +723,172 @@ def train_step(batches, student, teacher, ema, ibot_loss, optimizer, scaler, epo
         labels.append(batch.labels)
         agree = (clusters[-1] == student_cls[B:2 * B].argmax(dim=-1)).float().mean()
         rows.append(torch.stack([*(value.detach() for value in losses.values()), agree]))
-    ibot_loss.update_centers()
+    means = torch.stack(rows).mean(dim=0)
+    signs = ibot_loss.collapse_signs(teacher_cls, teacher_patch, weight, losses, epoch) if watch else {}
 
-    # clip each parameter by itself, hold the last layer, step
+    # clip each parameter by itself, move the centres, hold the last layer, step
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if clip_grad:
-        utils.clip_gradients(parameters, clip_grad)
+    grad_norm = torch.stack(utils.clip_gradients(parameters, clip_grad)).norm()
+    # A scaler looks at the gradients itself: while it seeks its scale they overflow, and nothing is wrong.
+    finite = ibot_loss.update_centers((means.sum() + (grad_norm if scaler is None else 0)).isfinite())
     if freeze_last_layer:
         for name, p in student.named_parameters():
             if "last_layer" in name:
                 p.grad = None
     if scaler is None:
-        optimizer.step()
+        utils.step_if(finite, optimizer)
     else:
         scaler.step(optimizer)
         scaler.update()
 
     # the teacher follows
     utils.ema_update(*ema, momentum=float(momentum))
-    means = torch.stack(rows).mean(dim=0).unbind()
-    return dict(zip((*losses, "acc"), means, strict=True)), torch.cat(labels), torch.cat(clusters)
+    means = dict(zip(METERS, (*means, grad_norm), strict=True))
+    return means, signs, torch.cat(labels), torch.cat(clusters)
+
+
+# ---------------------------------------------------------------- progress and logs
+
+def new_progress():
+    """What a checkpoint holds of the running epoch: updates made, sums and counts of the meters, labels and clusters of all
+    processes, updates dropped in a row; and of the run: names of bad images, images of an update and of the folder, random
+    state of each process."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return {"step": 0, "totals": {}, "counts": {}, "labels": nothing, "clusters": nothing, "dropped": 0, "bad": [],
+            "total_batch": 0, "folder": 0, "random": []}
+
+
+def add_row(progress, row):
+    for name, value in row.items():
+        progress["totals"][name] = progress["totals"].get(name, 0.0) + value
+        progress["counts"][name] = progress["counts"].get(name, 0) + 1
+
+
+def mean_of(progress, name):
+    return progress["totals"][name] / progress["counts"][name] if name in progress["totals"] else math.nan
+
+
+def count_step(progress, step, row, has_scaler, on_nonfinite, quiet):
+    """Add a step's row to the means of the epoch, unless `train_step` dropped the step: then say so, or raise."""
+    failed = row.get("nonfinite")
+    if failed is None:
+        progress["dropped"] = 0
+        return add_row(progress, row)
+    progress["dropped"] += 1
+    if has_scaler and math.isfinite(row["loss"]):  # float16 gradients overflow now and then
+        failed = "float16 gradients overflow"
+    elif on_nonfinite == "stop":
+        raise FloatingPointError(f"not finite at step {step}: {failed} (learning rate {row['lr']:.3g}). The update was not "
+                                 "made, the last checkpoint is intact. --on_nonfinite skip goes on; with float16, try "
+                                 "--amp_dtype bfloat16 or --use_fp16 false")
+    elif not quiet:
+        print(f"warning: step {step} dropped, not finite: {failed}", flush=True)
+    if progress["dropped"] >= MAX_DROPPED:
+        raise FloatingPointError(f"{MAX_DROPPED} updates in a row dropped up to step {step}: {failed}; the last checkpoint "
+                                 "is intact")
+
+
+def log_scalars(writer, group, values, step):
+    if writer is None:
+        return
+    try:
+        for name, value in values.items():
+            if name != "nonfinite":
+                writer.add_scalar(f"{group}/{name}", value, step)
+    except OSError as error:
+        utils.warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
+
+
+def write_logs(output_dir, epoch, stats, writer, bad):
+    """Add an epoch to `log.txt` and TensorBoard, list bad images. A full disk is a warning."""
+    log_scalars(writer, "epoch", stats, epoch)
+    try:
+        with open(output_dir / "log.txt", "a") as file:
+            file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
+        if bad:
+            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
+    except OSError as error:
+        utils.warn_once(f"{output_dir / 'log.txt'} cannot be written ({error.strerror})")
+
+
+def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
+    """Sentences about signs of collapse in the means of an epoch (see `iBOTLoss.collapse_signs`)."""
+    found = []
+    for what, K in (("cls", out_dim), ("patch", patch_out_dim)):
+        name = {"cls": "[CLS]", "patch": "patch"}[what]
+        entropy, used = stats.get(f"{what}_entropy"), stats.get(f"{what}_used")
+        if entropy is not None and entropy > 0.999 * math.log(K):
+            found.append(f"the {name} targets are all but uniform (entropy {entropy:.3f} of at most {math.log(K):.3f}): "
+                         "they teach nothing; a lower teacher temperature sharpens them")
+        if used is not None and used * K < 1.5:
+            found.append(f"the teacher puts everything into one of {K} {name} clusters; a faster centre or a higher "
+                         "teacher temperature spreads them")
+    if stats.get("cls_std", math.inf) < 0.01 * teacher_temp:
+        found.append("the teacher's [CLS] outputs hardly differ between images (standard deviation "
+                     f"{stats['cls_std']:.2g})")
+    return found
+
+
+# ---------------------------------------------------------------- bad images
+
+def bad_images(dataset, before, device):
+    """Sorted paths of all images found unreadable, by any process, and `before` a resume. All processes call it."""
+    if utils.get_world_size() > 1:
+        bad = dataset.bad.to(device)
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        dataset.bad.copy_(bad)
+    return sorted(before | set(dataset.bad_files()))
+
+
+def check_images(dataset, before, most, output_dir, device):
+    """Raise `utils.InputError`, after naming them in a file, when too many images are bad (`--max_bad_images`)."""
+    limit = most * len(dataset) if most < 1 else most
+    if utils.host_reduce(int(dataset.bad.sum()), "sum") + len(before) <= limit:  # some may count twice
+        return
+    bad = bad_images(dataset, before, device)
+    if len(bad) > limit:
+        if utils.is_main_process():
+            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
+        raise utils.InputError(f"{len(bad)} of {len(dataset)} images cannot be read, more than --max_bad_images {most:g}; "
+                               f"{output_dir / BAD_IMAGES} has their names")
 
 
 # ---------------------------------------------------------------- files
 
+def checkpoint_files(output_dir):
+    """Checkpoints of a run, newest first."""
+    found = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS) if path.exists()]
+    return found + sorted(output_dir.glob("checkpoint[0-9]*.pth"), reverse=True)
+
+
 def run_files(output_dir):
     """What a run writes into its folder, as far as it is there."""
-    found = [path for path in (output_dir / name for name in (CHECKPOINT, "log.txt", "tf_logs")) if path.exists()]
-    return found + sorted(output_dir.glob("checkpoint[0-9]*.pth"))
+    others = (output_dir / name for name in ("log.txt", "tf_logs", BAD_IMAGES))
+    return checkpoint_files(output_dir) + [path for path in others if path.exists()]
 
 
-def start_output(output_dir, keep):
-    """Make the folder; unless `keep`, remove what an earlier run left in it (see `check_args`)."""
+def start_output(output_dir, epoch):
+    """Make the folder and remove what a killed run left half written; without `epoch` all of an earlier run (see
+    `check_args`), with it what `log.txt` says of that epoch and later ones, which will be run again."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise utils.InputError(f"--output_dir {output_dir}: {error.strerror}") from error
-    for path in [] if keep else run_files(output_dir):
+    for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log = output_dir / "log.txt"
+    if log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["epoch"] < epoch]
+        if kept != lines:
+            log.write_text("".join(kept))
 
 
-def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler):
-    """Write `checkpoint.pth` after `epoch`, and `checkpointNNNN.pth` every `--saveckp_freq` epochs.
+def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress):
+    """Write `checkpoint.pth`, from which `epoch` is to run (on); between epochs also `checkpointNNNN.pth`, by
+    `--saveckp_freq`. Returns whether it could be written.
 
     Names are the reference's: its student was always wrapped for data parallelism (`module.`), its teacher only when the
     head holds batch norms.
@@ -624,44 +896,103 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     def wrapped(network):
         return {f"module.{name}": value for name, value in network.state_dict().items()}
 
+    tensors = [*student.parameters(), *teacher.parameters(), *ibot_loss.buffers()]
+    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
+        raise FloatingPointError(f"a weight or centre became non-finite in epoch {epoch}; the last checkpoint is intact")
     state = {
         "student": wrapped(student),
         "teacher": wrapped(teacher) if teacher.head.has_batch_norm else teacher.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "epoch": epoch + 1,
+        "epoch": epoch,
         "args": args,
         "ibot_loss": ibot_loss.state_dict(),
+        "progress": progress,
     }
     if scaler is not None:
         state["fp16_scaler"] = scaler.state_dict()
-    utils.save_atomically(state, output_dir / CHECKPOINT)
-    if args.saveckp_freq and epoch and epoch % args.saveckp_freq == 0:
-        utils.save_atomically(state, output_dir / f"checkpoint{epoch:04}.pth")
+    path = output_dir / CHECKPOINT
+    try:
+        utils.save_atomically(state, path, previous=output_dir / PREVIOUS)
+        finished = epoch - 1  # the reference counts its files so
+        if args.saveckp_freq and not progress["step"] and finished > 0 and finished % args.saveckp_freq == 0:
+            path = output_dir / f"checkpoint{finished:04}.pth"
+            utils.save_atomically(state, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        message = f"{path} could not be written ({utils.one_line(error)}); the checkpoints before it are intact"
+        if args.on_save_error == "stop":
+            raise utils.InputError(message) from error
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
-def restore(path, student, teacher, optimizer, ibot_loss, scaler):
-    """Load all of a checkpoint, of this project or of the reference; returns the epoch to run next."""
+def find_checkpoint(output_dir, load_from):
+    """(path, content) of the checkpoint `load_from`, or for "auto" of the newest good one, (None, None) if there is none.
+
+    Raises `utils.InputError` when that file is no good, or none of those that there are.
+    """
+    paths = checkpoint_files(output_dir) if load_from == "auto" else [output_dir / load_from]
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except utils.InputError as error:
+            if load_from != "auto":
+                raise
+            if utils.get_rank() == 0:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+    if paths:
+        raise utils.InputError(f"--load_from auto: none of the {len(paths)} checkpoints in {output_dir} can be used; "
+                               "--overwrite true starts over")
+    return None, None
+
+
+def read_checkpoint(path):
+    """A pre-training checkpoint, of this project or of the reference; raises `utils.InputError` if it is something else."""
     checkpoint = utils.load_checkpoint(path)
     kinds = {"student": dict, "teacher": dict, "optimizer": dict, "epoch": int, "ibot_loss": dict}
     missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if missing:
         raise utils.InputError(f"checkpoint {path} is no pre-training checkpoint: it lacks {', '.join(missing)}")
+    progress, known = checkpoint.get("progress", {}), new_progress()
+    if not isinstance(progress, dict) or progress and ({name: type(value) for name, value in progress.items()}
+                                                       != {name: type(value) for name, value in known.items()}):
+        raise utils.InputError(f"checkpoint {path}: its entry 'progress' is not one of this project")
+    return checkpoint
+
+
+def restore(path, checkpoint, student, teacher, optimizer, ibot_loss, scaler):
+    """Load networks, optimiser, centres and scaler from a `read_checkpoint`."""
     for key, network in (("student", student), ("teacher", teacher)):
         utils.load_strictly(network, utils.network_state_dict(checkpoint, key, path), path)
     utils.load_strictly(ibot_loss, checkpoint["ibot_loss"], path)
     utils.load_optimizer(optimizer, checkpoint["optimizer"], path)
     if scaler is not None and "fp16_scaler" in checkpoint:
         scaler.load_state_dict(checkpoint["fp16_scaler"])
-    return checkpoint["epoch"]
 
 
-def skipped_images(dataset, device):
-    """Paths of the unreadable images that any process has met so far."""
-    if utils.get_world_size() > 1:
-        bad = dataset.bad.to(device)
-        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        dataset.bad.copy_(bad)
-    return dataset.bad_files()
+def notes_of_resume(path, checkpoint, args, process, folder, images, used):
+    """Lines that say what is resumed, and what is not as it was.
+
+    folder: images in the folder; images: those of the running epoch that were used before; used: whole batches of them.
+    """
+    notes = [f"resumed from {path}"]
+    free = {"output_dir", "load_from", "overwrite", "num_workers", "print_freq", "device", "dist_url", "local_rank",
+            "saveckp_freq", "save_every_steps", "save_every_minutes", "on_save_error", "on_bad_image", "max_bad_images"}
+    then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
+    notes += [f"note: --{name} is {value}, the checkpoint's run had {then[name]}" for name, value in vars(args).items()
+              if name not in free and name in then and then[name] != value]
+    progress = checkpoint.get("progress", {})
+    if not images:
+        return notes
+    if len(progress["random"]) != process.world_size:
+        notes.append(f"note: {process.world_size} processes instead of {len(progress['random'])}: in this epoch images are "
+                     "shared out, and drop path is drawn, otherwise than without the stop")
+    if used != images:
+        notes.append(f"note: other batches than before: the last {images - used} images that were used come again")
+    if progress["folder"] != folder:
+        notes.append(f"note: the folder holds {folder} images instead of {progress['folder']}: the rest of this epoch is "
+                     "drawn from another order")
+    return notes
 
 
 def main():

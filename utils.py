@@ -1,17 +1,23 @@
-"""What every script shares: processes, checkpoints, schedules, parameter groups, clipping, EMA, LARS and log lines.
+"""What every script shares: processes, signals, checkpoints, schedules, parameter groups, clipping, EMA, LARS, log lines.
 
 Letter in shape comments: T any number of values.
 """
 import argparse
 import datetime
+import math
+import multiprocessing
 import os
 import pickle
 import platform
+import random
 import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +29,61 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message is one line that names the file, flag or key."""
 
 
+class Preempted(Exception):  # noqa: N818 - no error
+    """A signal asked the run to stop, and all that it needs to go on is saved; the message says how it does."""
+
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, once more, goes on
+
+
 def run(main):
-    """Call `main()`; an `InputError`, or a `FloatingPointError` of training, becomes one line on stderr and exit code 1."""
+    """Call `main()` and end the process: exit code 0, 1 after an error, `EXIT_PREEMPTED`, or 130 after Ctrl-C.
+
+    An `InputError`, a `FloatingPointError` of training, a dead loader process or a lost peer becomes one line on stderr;
+    any other error is a bug and keeps its traceback.
+    """
+    code = 0
     try:
         main()
-    except (InputError, FloatingPointError) as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-        if rank:
-            # What all met, process 0 says, and the launcher then ends the others; what this one alone met, it must say.
-            time.sleep(5)
-        print(f"error{f' (process {rank})' if rank else ''}: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # No clean-up of the process group, which would wait for the others.
-        os._exit(1) if dist.is_initialized() else sys.exit(1)
-    if dist.is_initialized():
+    except Preempted as stop:
+        code = EXIT_PREEMPTED
+        if is_main_process():
+            print(stop, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        if _environment_rank() == 0:
+            print("interrupted; what is saved stays", file=sys.stderr)
+    except Exception as error:
+        code, text = 1, str(error)
+        rank = _environment_rank()
+        name = f"error{f' (process {rank})' if rank else ''}"
+        if isinstance(error, (InputError, FloatingPointError)):
+            if rank:
+                # What all met, process 0 says, and the launcher then ends the others; what this one alone met, it must say.
+                time.sleep(5)
+            print(f"{name}: {one_line(error)}", file=sys.stderr)
+        elif "DataLoader worker" in text:
+            print(f"{name}: a loader process died: {one_line(error)} If memory ran out, lower --num_workers.",
+                  file=sys.stderr)
+        elif dist.is_initialized() and re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", text, re.IGNORECASE):
+            time.sleep(1)  # the other one's error comes first
+            print(f"{name}: the connection to another process broke; if none has said why above, it was killed "
+                  f"({one_line(error)[:160]})", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized() and not code:
         dist.destroy_process_group()
+    # Loader processes may hang in a read; an error must not wait for them, nor for the other processes.
+    for child in multiprocessing.active_children():
+        child.kill()
+    if code:
+        os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
+
+
+def _environment_rank():
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
 def one_line(error):
@@ -161,10 +207,24 @@ def all_reduce_mean(tensor):
     return tensor
 
 
-def gather_variable(tensor):
-    """Concatenate 1-D tensors of differing lengths from all processes."""
+@lru_cache
+def _host_group():
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+
+
+def host_reduce(value, op="max"):
+    """Largest ("max") or total ("sum") of an integer over the processes, by way of the hosts: no device is waited for."""
     if get_world_size() == 1:
-        return tensor
+        return value
+    tensor = torch.tensor([value])
+    dist.all_reduce(tensor, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[op], group=_host_group())
+    return int(tensor)
+
+
+def gather_parts(tensor):
+    """List of the 1-D tensors of all processes, of differing lengths, by rank."""
+    if get_world_size() == 1:
+        return [tensor]
     lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(get_world_size())]
     dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
     longest = max(int(n) for n in lengths)
@@ -172,7 +232,81 @@ def gather_variable(tensor):
     padded[:len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:int(n)] for part, n in zip(parts, lengths, strict=True)])
+    return [part[:int(n)] for part, n in zip(parts, lengths, strict=True)]
+
+
+# ---------------------------------------------------------------- signals and random states
+
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1, by which schedulers announce the end; while data are waited for they end the wait."""
+
+    class WaitEnded(Exception):  # noqa: N818 - no error
+        """Raised inside `wait_for`."""
+
+    def __init__(self):
+        self.received, self._waiting, self._process = None, False, os.getpid()
+        self._before = {number: signal.signal(number, self._note) for number in self._numbers()}
+
+    @staticmethod
+    def _numbers():
+        return [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # no USR1 on Windows
+
+    def _note(self, number, frame):
+        if os.getpid() != self._process:  # a loader process that was just forked
+            return
+        self.received = signal.Signals(number).name
+        if self._waiting:
+            self._waiting = False
+            raise self.WaitEnded
+
+    def wait_for(self, call):
+        """`call()`, or None when a signal came before or meanwhile."""
+        try:
+            try:
+                self._waiting = True
+                return None if self.received else call()
+            finally:
+                self._waiting = False
+        except self.WaitEnded:
+            return None
+
+    def restore(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker_id=None):
+    """`worker_init_fn` of a DataLoader: schedulers and Ctrl-C signal all processes, but only the main one is to react."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def random_state(device):
+    """State of all generators of this process (Python, numpy, torch, device): one uint8 tensor for `set_random_state`."""
+    _, keys, gauss = random.getstate()
+    _, np_keys, *np_rest = np.random.get_state()
+    parts = [torch.tensor(keys), torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+             torch.from_numpy(np_keys.astype(np.int64)), torch.tensor(np_rest, dtype=torch.float64), torch.get_rng_state()]
+    if device.type in ("cuda", "mps"):
+        parts.append(getattr(torch, device.type).get_rng_state())
+    parts = [part.view(torch.uint8) for part in parts]
+    return torch.cat([torch.tensor([len(parts), *map(len, parts)]).view(torch.uint8), *parts])
+
+
+def set_random_state(state, device):
+    """Make the generators of this process go on from a `random_state`; a device's only on a device of that kind."""
+    count = int(state[:8].view(torch.int64))
+    sizes = state[8:8 * (count + 1)].view(torch.int64).tolist()
+    keys, gauss, np_keys, np_rest, cpu, *rest = (part.clone() for part in state[8 * (count + 1):].split(sizes))
+    gauss, np_rest = gauss.view(torch.float64).item(), np_rest.view(torch.float64).tolist()
+    random.setstate((3, tuple(keys.view(torch.int64).tolist()), None if math.isnan(gauss) else gauss))
+    np.random.set_state(("MT19937", np_keys.view(torch.int64).numpy().astype(np.uint32), int(np_rest[0]), int(np_rest[1]),
+                         np_rest[2]))
+    torch.set_rng_state(cpu)
+    if rest and device.type in ("cuda", "mps"):
+        getattr(torch, device.type).set_rng_state(rest[0])
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -216,8 +350,11 @@ def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def save_atomically(obj, path):
-    """`torch.save` to a temporary file in the same folder, synced, then renamed: no reader ever sees half a file."""
+def save_atomically(obj, path, previous=None):
+    """`torch.save` to a temporary file in the same folder, synced, then renamed: no reader ever sees half a file.
+
+    With `previous` the file that `path` replaces is kept under that name.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -225,9 +362,21 @@ def save_atomically(obj, path):
             torch.save(obj, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            Path(previous).unlink(missing_ok=True)
+            try:
+                os.link(path, previous)
+            except OSError:  # no hard links on this file system: for an instant only the previous one has a name
+                os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the new name must outlast a crash too
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def without_prefix(state_dict, prefix):
@@ -331,18 +480,29 @@ def get_params_groups(model):
 
 @torch.no_grad()
 def clip_gradients(parameters, max_norm):
-    """Scale each gradient by itself to a norm of at most `max_norm` (DINO's clipping, not a global norm).
+    """Scale each gradient by itself to a norm of at most `max_norm` (DINO's clipping, not a global norm); 0: leave it.
 
     No host synchronisation. Returns the norms before clipping, one 0-d tensor per parameter that has a gradient.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients)
-    scales = torch._foreach_add(norms, 1e-6)
-    torch._foreach_reciprocal_(scales)
-    torch._foreach_mul_(scales, max_norm)
-    torch._foreach_clamp_max_(scales, 1.0)
-    torch._foreach_mul_(gradients, scales)
+    if max_norm:
+        scales = torch._foreach_add(norms, 1e-6)
+        torch._foreach_reciprocal_(scales)
+        torch._foreach_mul_(scales, max_norm)
+        torch._foreach_clamp_max_(scales, 1.0)
+        torch._foreach_mul_(gradients, scales)
     return norms
+
+
+def step_if(finite, optimizer):
+    """`optimizer.step()` if the 0-d tensor `finite` is true. Fused AdamW reads it on the device, others wait for it."""
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = (~finite).float()  # as a gradient scaler sets it
+        optimizer.step()
+        del optimizer.found_inf
+    elif finite:
+        optimizer.step()
 
 
 def ema_pairs(student, teacher):
@@ -424,10 +584,23 @@ class DeviceMeters:
         self.pending.append(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values]))
 
     def read(self):
-        """Means over processes, {name: float} for each step. Waits for the device; all processes call it together."""
-        rows = all_reduce_mean(torch.stack(self.pending)).tolist() if self.pending else []
-        self.pending = []
-        return [dict(zip(self.names, row, strict=True)) for row in rows]
+        """Means over processes, {name: float} for each step. Waits for the device; all processes call it together.
+
+        Where a mean is not finite, "nonfinite" says of which values and on which processes.
+        """
+        if not self.pending:
+            return []
+        own, self.pending = torch.stack(self.pending), []
+        means = all_reduce_mean(own.clone()).tolist()
+        rows = [dict(zip(self.names, row, strict=True)) for row in means]
+        if not all(math.isfinite(value) for row in means for value in row):
+            parts = [part.view(own.shape) for part in gather_parts(own.flatten())]
+            for i, row in enumerate(rows):
+                found = [f"{name} {part[i, k].item()}{f' on process {rank}' if len(parts) > 1 else ''}"
+                         for k, name in enumerate(self.names) for rank, part in enumerate(parts)
+                         if not part[i, k].isfinite()]
+                row |= {"nonfinite": ", ".join(found)} if found else {}
+        return rows
 
 
 def peak_memory_mib(device):
@@ -437,6 +610,11 @@ def peak_memory_mib(device):
     import resource  # POSIX only
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@lru_cache
+def warn_once(text):
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def eta_string(seconds):
@@ -472,6 +650,7 @@ def git_commit():
 
 
 def fix_random_seeds(seed):
-    """Seed torch (all devices) and numpy."""
+    """Seed Python, numpy and torch (all devices)."""
+    random.seed(seed)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
