@@ -34,7 +34,7 @@ def steps(rank, world_size, accum_iter, norm, folder):
     # SGD with momentum: Adam would scale the rounding noise of gradients that are zero up to whole steps.
     optimizer = main_ibot.build_optimizer("sgd", utils.get_params_groups(student), torch.device("cpu"))
     B, share = 4, 4 // world_size // accum_iter
-    meters = utils.DeviceMeters(("loss", "cls", "patch", "acc"))
+    meters = utils.DeviceMeters(main_ibot.METERS)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         crops = torch.randn(2, B, 3, 32, 32, generator=generator)
@@ -48,7 +48,7 @@ def steps(rank, world_size, accum_iter, norm, folder):
             weight = (1 / m.sum(-1, keepdim=True).clamp(min=1) / (2 * share)).expand(2, share, 16)[m]
             batches.append(loader.Batch(crops[:, mine], local[:, mine], torch.zeros(share), masks[:, mine],
                                         m.flatten().nonzero().flatten(), weight))
-        losses, _, _ = main_ibot.train_step(iter(batches), ddp, teacher, ema, ibot_loss, optimizer, None, 0, lr=0.1, weight_decay=0.1,
+        losses, *_ = main_ibot.train_step(iter(batches), ddp, teacher, ema, ibot_loss, optimizer, None, 0, lr=0.1, weight_decay=0.1,
                                             momentum=0.9, clip_grad=3.0, freeze_last_layer=False, accum_iter=accum_iter)
         meters.add(*losses.values())
     rows = meters.read()

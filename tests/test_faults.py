@@ -242,3 +242,252 @@ def test_one_of_two_processes_is_killed(digits, tmp_path):
         assert process.returncode == 0, errors
     assert "step " in out[out.index("starting at epoch"):].splitlines()[0]
     assert_same_run(tmp_path / "part", tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
+def test_torchrun_restarts_by_itself(digits, tmp_path):
+    """--max-restarts and --load_from auto: after a kill the run goes on without anyone's doing."""
+    process = start(*two_processes(digits, tmp_path / "run", "--epochs", 1), processes=2, launcher_flags=["--max-restarts=2"])
+    wait_for(lambda: (tmp_path / "run/checkpoint_previous.pth").exists(), process)
+    os.kill(children(process)[0], signal.SIGKILL)
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert out.count("starting at epoch 0") == 2 and "resumed from" in out and "epoch 0 done" in out
+
+
+def test_another_number_of_processes(digits, tmp_path, capsys, after_batches):
+    """One process goes on where two stopped: told by images, with a note."""
+    flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--epochs", 1, "--batch_size_per_gpu", 8]
+    undo = after_batches(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(utils.Preempted):
+        train(*flags)
+    undo()
+    checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    progress = checkpoint["progress"]  # as if two processes had made three updates
+    progress |= {"total_batch": 16, "step": 3, "random": 2 * progress["random"]}
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    train(*flags, "--load_from", "auto")
+    out = capsys.readouterr().out
+    assert "starting at epoch 0 of 1, step 6" in out and "note: 1 processes instead of 2" in out and "come again" not in out
+
+
+# ---------------------------------------------------------------- disks and files
+
+def test_truncated_newest_checkpoint_is_named_and_the_one_before_used(whole, digits, tmp_path, capsys):
+    flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--load_from", "auto"]
+    train(*flags)
+    newest, before = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth"
+    assert utils.load_checkpoint(before)["epoch"] == 1
+    newest.write_bytes(newest.read_bytes()[:20000])
+    capsys.readouterr()
+    train(*flags)
+    captured = capsys.readouterr()
+    assert f"warning: checkpoint {newest}: " in captured.err and f"resumed from {before}" in captured.out
+    assert_same_run(tmp_path, whole)
+    for path in (newest, before):
+        path.write_bytes(b"rotten")
+    with pytest.raises(utils.InputError, match="none of the 2 checkpoints"):
+        train(*flags)
+    assert newest.read_bytes() == b"rotten"  # nothing is removed
+
+
+def test_flipped_byte_is_noticed(whole, tmp_path):
+    data = bytearray((whole / "checkpoint.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "checkpoint.pth").write_bytes(data)
+    with pytest.raises(utils.InputError, match="checkpoint.pth"):
+        utils.load_checkpoint(tmp_path / "checkpoint.pth")
+
+
+@pytest.fixture
+def file_limit():
+    """file_limit(bytes): no file may grow beyond; as on a full disk, a write fails half-way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_disk_full_while_saving(whole, digits, tmp_path, capsys, file_limit):
+    flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--load_from", "auto"]
+    train(*flags, "--epochs", 1)
+    good = (tmp_path / "checkpoint.pth").read_bytes()
+    file_limit(len(good) // 2)
+    with pytest.raises(utils.InputError, match="checkpoint.pth could not be written .*; the checkpoints before it are intact"):
+        train(*flags, "--on_save_error", "stop")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == good and not list(tmp_path.glob(".*"))
+    capsys.readouterr()
+    train(*flags)  # goes on to the end of its epochs
+    captured = capsys.readouterr()
+    assert "warning: " in captured.err and "could not be written" in captured.err and "epoch 1 done" in captured.out
+    assert (tmp_path / "checkpoint.pth").read_bytes() == good and not list(tmp_path.glob(".*"))
+    file_limit(resource.RLIM_INFINITY)
+    train(*flags)
+    progress = everything(tmp_path)
+    assert progress["epoch"] == 2
+    assert all(torch.equal(value, progress[name]) for name, value in everything(whole).items() if name.startswith("student"))
+
+
+def test_stop_that_cannot_be_saved_is_an_error(digits, tmp_path, after_batches, file_limit):
+    after_batches(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    file_limit(100_000)
+    with pytest.raises(utils.InputError, match="could not be saved"):
+        train("--data_path", digits / "train", "--output_dir", tmp_path)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+# ---------------------------------------------------------------- data
+
+def break_images(digits, folder, count):
+    """The digits with `count` files that are no images; returns the folder and their names."""
+    broken = []
+    for i, path in enumerate(sorted((digits / "train").rglob("*.png"))):
+        copy = folder / path.parent.name / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[:60] if i < count else path.read_bytes())
+        broken += [str(copy)] * (i < count)
+    return folder, sorted(broken)
+
+
+def test_bad_images_are_listed(digits, tmp_path, capsys, after_batches):
+    """Also those that were found before a stop."""
+    data, broken = break_images(digits, tmp_path / "data", 6)
+    flags = ["--data_path", data, "--output_dir", tmp_path / "run", "--max_bad_images", "0.05", "--load_from", "auto", "--epochs", 1,
+             "--batch_size_per_gpu", 20, "--num_workers", 2]
+    undo = after_batches(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(utils.Preempted):
+        train(*flags)
+    undo()
+    train(*flags)
+    assert (tmp_path / "run/bad_images.txt").read_text().splitlines() == broken
+    assert "skipped 6 unreadable images" in capsys.readouterr().out
+
+
+def test_too_many_bad_images_stop_the_run(digits, tmp_path):
+    data, broken = break_images(digits, tmp_path / "data", 30)
+    with pytest.raises(utils.InputError, match=r"\d+ of 120 images cannot be read, more than --max_bad_images 0.01"):
+        train("--data_path", data, "--output_dir", tmp_path / "run")
+    names = (tmp_path / "run/bad_images.txt").read_text().splitlines()
+    assert len(names) > 1 and set(names) <= set(broken)
+    with pytest.raises(utils.InputError, match="more than --max_bad_images 29"):
+        train("--data_path", data, "--output_dir", tmp_path / "run", "--max_bad_images", 29, "--epochs", 1, "--overwrite", "true",
+              "--batch_size_per_gpu", 120)
+
+
+def test_dead_loader_process_is_reported(digits, tmp_path):
+    process = start("--data_path", digits / "train", "--output_dir", tmp_path, "--num_workers", "1", "--print_freq", "1",
+                    "--epochs", "1000")
+    while "[1/7]" not in process.stdout.readline():
+        assert process.poll() is None
+    worker = next(int(entry.name) for entry in Path("/proc").glob("[0-9]*")
+                  if f"\nPPid:\t{process.pid}\n" in (entry / "status").read_text())
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith("error: a loader process died: ") and "Killed" in errors and errors.count("\n") == 1
+
+
+# ---------------------------------------------------------------- numbers
+
+def poison(monkeypatch, step_numbers):
+    """The crops of these steps hold a NaN."""
+    step, calls = main_ibot.train_step, []
+
+    def poisoned(batches, *args, **kwargs):
+        calls.append(1)
+        batch, = batches
+        if len(calls) - 1 in step_numbers:
+            batch.global_crops[0, 0, 0, 0, 0] = float("nan")
+        return step([batch], *args, **kwargs)
+    monkeypatch.setattr(main_ibot, "train_step", poisoned)
+
+
+def test_non_finite_loss_stops(digits, tmp_path, monkeypatch):
+    """The step and its terms are named, and the checkpoint of the epoch before is as it was."""
+    flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--load_from", "auto"]
+    train(*flags, "--epochs", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    poison(monkeypatch, [4])
+    with pytest.raises(FloatingPointError, match="not finite at step 11: loss nan, cls nan, (patch nan, )?grad_norm nan"):
+        train(*flags, "--epochs", 3)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_non_finite_step_is_dropped(optimizer, digits, tmp_path, monkeypatch, capsys):
+    """Student, optimiser and centres after a poisoned step are those before it."""
+    states = []
+    step = main_ibot.train_step
+
+    def recording(batches, student, teacher, ema, ibot_loss, opt, *args, **kwargs):
+        result = step(batches, student, teacher, ema, ibot_loss, opt, *args, **kwargs)
+        tensors = [*student.parameters(), *ibot_loss.buffers(), *(v for s in opt.state.values() for v in s.values() if torch.is_tensor(v))]
+        assert all(x.isfinite().all() for x in [*tensors, *teacher.parameters()])
+        states.append([x.detach().clone() for x in tensors])
+        return result
+    monkeypatch.setattr(main_ibot, "train_step", recording)
+    poison(monkeypatch, [2, 3])
+    train("--data_path", digits / "train", "--output_dir", tmp_path, "--on_nonfinite", "skip", "--optimizer", optimizer, "--epochs", 1,
+          "--freeze_last_layer", 0)
+    same = [len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) for a, b in zip(states, states[1:], strict=False)]
+    assert same == [False, True, True, False, False, False]
+    out = capsys.readouterr().out
+    assert "warning: step 2 dropped, not finite: loss nan" in out and "step 3 dropped" in out and out.count("dropped") == 2
+    line = json.loads((tmp_path / "log.txt").read_text())
+    assert all(np.isfinite(value) for value in line.values()) and line["train_loss"] > 0
+
+
+def test_dropped_updates_are_bounded(digits, tmp_path, monkeypatch):
+    poison(monkeypatch, range(5, 1000))
+    with pytest.raises(FloatingPointError, match="20 updates in a row dropped up to step 24"):
+        train("--data_path", digits / "train", "--output_dir", tmp_path, "--on_nonfinite", "skip", "--epochs", 9)
+
+
+def test_centre_stays_when_the_teacher_is_not_finite():
+    module = main_ibot.iBOTLoss(4, 4, [0.05], [0.05])
+    before = module.center.clone(), module.center2.clone()
+    for finite, mean in ((True, float("inf")), (False, 1.0)):
+        module(torch.randn(4, 4), torch.randn(2, 4), torch.randn(4, 4), torch.randn(2, 4), torch.full((4,), mean), torch.rand(2), 2, 0)
+        assert not module.update_centers(torch.tensor(finite))
+        assert torch.equal(module.center, before[0]) and torch.equal(module.center2, before[1])
+
+
+def test_failing_process_is_named():
+    meters = utils.DeviceMeters(("cls", "patch"))
+    meters.add(torch.tensor(1.0), torch.tensor(2.0))
+    meters.add(torch.tensor(1.0), torch.tensor(float("inf")))
+    assert meters.read() == [{"cls": 1.0, "patch": 2.0}, {"cls": 1.0, "patch": float("inf"), "nonfinite": "patch inf"}]
+
+
+# ---------------------------------------------------------------- collapse
+
+def test_collapse_signs_equal_plain_ones():
+    torch.manual_seed(0)
+    module = main_ibot.iBOTLoss(8, 8, [0.05], [0.06]).double()
+    module.center.normal_(), module.center2.normal_()
+    G, B = 2, 3
+    s_cls, s_patch, t_cls, t_patch = (torch.randn(n, 8, dtype=torch.float64) for n in (G * B, 5, G * B, 5))
+    weight = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.0]).double()
+    losses = module(s_cls, s_patch, t_cls, t_patch, None, weight, G, 0)
+    signs = module.collapse_signs(t_cls, t_patch, weight, losses, 0)
+    p = ((t_cls - module.center) / 0.05).softmax(-1)
+    q = (s_cls / 0.1).log_softmax(-1)
+    kl = sum((p[g * B:(g + 1) * B] * (p[g * B:(g + 1) * B].log() - q[(1 - g) * B:(2 - g) * B])).sum(-1).mean() for g in range(2)) / 2
+    assert abs(signs["cls_entropy"] + (p * p.log()).sum(-1).mean()) < 1e-10 and abs(signs["cls_kl"] - kl) < 1e-10
+    assert abs(signs["cls_std"] - t_cls.numpy().std(axis=0).mean()) < 1e-10
+    p = ((t_patch - module.center2[0]) / 0.06).softmax(-1)
+    kl = (weight * (p * (p.log() - (s_patch / 0.1).log_softmax(-1))).sum(-1)).sum()
+    assert abs(signs["patch_cross"] - signs["patch_entropy"] - kl) < 1e-10 and abs(signs["patch_share"] - 0.8) < 1e-10
+    assert abs(signs["patch_used"] - len(set(t_patch[:4].argmax(-1).tolist())) / 8) < 1e-6
+
+
+def test_collapse_is_said_in_words(digits, tmp_path, capsys):
+    healthy = {"cls_entropy": 3.0, "patch_entropy": 3.0, "cls_used": 0.5, "patch_used": 0.5, "cls_std": 0.05}
+    assert main_ibot.collapse_warnings(healthy, 64, 64, 0.04) == []
+    for change, words in (({"cls_entropy": np.log(64)}, "[CLS] targets are all but uniform"), ({"patch_entropy": np.log(64)}, "patch targets"),
+                          ({"cls_used": 1 / 64}, "one of 64 [CLS] clusters"), ({"cls_std": 1e-6}, "hardly differ between images")):
+        warning, = main_ibot.collapse_warnings(healthy | change, 64, 64, 0.04)
+        assert words in warning
+    # A run that collapses: the teacher's targets are hardly sharpened at all.
+    train("--data_path", digits / "train", "--output_dir", tmp_path, "--warmup_teacher_temp", 50, "--teacher_temp", 50, "--epochs", 1)
+    assert "warning: the [CLS] targets are all but uniform" in capsys.readouterr().out

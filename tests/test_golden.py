@@ -87,7 +87,7 @@ def test_golden_step(case, monkeypatch):
     monkeypatch.setattr(utils, "clip_gradients", recording_clip)
 
     for i in range(steps):
-        losses, _, _ = main_ibot.train_step(
+        losses, *_ = main_ibot.train_step(
             [batch(B, L, cells, i)], student, teacher, ema, ibot_loss, optimizer, None, 2, lr=1e-3, weight_decay=0.04,
             momentum=0.996, clip_grad=3.0, freeze_last_layer=False)
         for key in ("cls", "patch", "loss"):

@@ -69,18 +69,18 @@ def test_run_from_the_command_line(digits, call, tmp_path):
     assert abs(np.mean([e.value for e in events.Scalars("step/loss")[:7]]) - lines[0]["train_loss"]) < 1e-4
 
     checkpoint = utils.load_checkpoint(out / "checkpoint.pth")
-    assert checkpoint.keys() == {"student", "teacher", "optimizer", "epoch", "args", "ibot_loss"}
+    assert checkpoint.keys() == {"student", "teacher", "optimizer", "epoch", "args", "ibot_loss", "progress"}
     assert checkpoint["epoch"] == 2 and isinstance(checkpoint["args"], argparse.Namespace) and checkpoint["args"].arch == "vit_nano"
     assert all(name.startswith(("module.backbone.", "module.head.")) for name in checkpoint["student"])
     assert all(name.startswith(("backbone.", "head.")) for name in checkpoint["teacher"])
     assert "module.backbone.masked_embed" in checkpoint["student"] and "backbone.masked_embed" not in checkpoint["teacher"]
     assert checkpoint["ibot_loss"].keys() == {"center", "center2"}
-    assert sorted(p.name for p in out.glob("*.pth")) == ["checkpoint.pth", "checkpoint0001.pth"]
+    assert sorted(p.name for p in out.glob("*.pth")) == ["checkpoint.pth", "checkpoint0001.pth", "checkpoint_previous.pth"]
     assert not list(out.glob(".*"))  # no temporary file stays
 
     again = call("main_ibot.py", *TINY, "--data_path", digits / "train", "--output_dir", out, check=False)
     assert again.returncode == 1 and again.stderr.count("\n") == 1
-    assert "already holds a run" in again.stderr and "--load_from checkpoint.pth" in again.stderr and "--overwrite true" in again.stderr
+    assert "already holds a run" in again.stderr and "--load_from auto" in again.stderr and "--overwrite true" in again.stderr
 
 
 def test_resume_equals_uninterrupted(digits, tmp_path):
@@ -199,7 +199,7 @@ def test_every_arch_takes_a_step(arch):
     optimizer = main_ibot.build_optimizer("sgd" if large else "adamw", utils.get_params_groups(student), torch.device("cpu"))
     embed = student.backbone.masked_embed
     for _ in range(1 if large else 2):
-        losses, _, _ = main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None, 0,
+        losses, *_ = main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None, 0,
                                             lr=0.1, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=True)
     assert all(torch.isfinite(v) and v > 0 for name, v in losses.items() if name != "acc")
     assert embed.any() and embed.shape == (1, {"t": 96, "s": 96, "b": 128, "l": 192}[arch[5]] if swin else student.backbone.embed_dim)
@@ -357,26 +357,6 @@ def test_odd_images_train(tmp_path):
     assert len(log(tmp_path / "out")) == 1
 
 
-def test_non_finite_loss_stops(digits, tmp_path, monkeypatch):
-    """The step is named, and the checkpoint of the epoch before is as it was."""
-    flags = ["--data_path", digits / "train", "--output_dir", tmp_path]
-    train(*flags, "--epochs", 1)
-    before = (tmp_path / "checkpoint.pth").read_bytes()
-    step, calls = main_ibot.train_step, []
-
-    def poisoned(batches, *args, **kwargs):
-        calls.append(1)
-        batch, = batches
-        if len(calls) == 5:
-            batch.global_crops.fill_(float("nan"))
-        return step([batch], *args, **kwargs)
-    monkeypatch.setattr(main_ibot, "train_step", poisoned)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 11 \(epoch 1\): cls nan, patch nan, learning rate"):
-        train(*flags, "--epochs", 3, "--load_from", "checkpoint.pth")
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
-    assert len(log(tmp_path)) == 1
-
-
 def test_save_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     utils.save_atomically({"a": 1}, path)
@@ -409,7 +389,7 @@ def test_mixed_precision_is_on_where_asked(monkeypatch):
     ibot_loss = main_ibot.iBOTLoss(64, 64, [0.04], [0.04])
     batch = loader.Batch(torch.randn(2, 2, 3, 32, 32), None, torch.zeros(2), torch.ones(2, 2, 4, 4, dtype=torch.bool),
                          torch.arange(64), torch.full((64,), 1 / 64))
-    losses, _, _ = main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss,
+    losses, *_ = main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss,
                                         main_ibot.build_optimizer("adamw", utils.get_params_groups(student), cpu), None, 0, lr=0.1,
                                         weight_decay=0.0, momentum=0.9, clip_grad=3.0, freeze_last_layer=False, amp_dtype=torch.bfloat16)
     assert seen["logits"] is torch.bfloat16 and losses["loss"].dtype == ibot_loss.center.dtype == torch.float32

@@ -18,7 +18,7 @@ def run(batches, networks, steps=1, **kwargs):
     optimizer = torch.optim.SGD(utils.get_params_groups(student), lr=0.0)
     for step in range(steps):
         torch.manual_seed(step)
-        losses, _, _ = main_ibot.train_step(batches, student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None,
+        losses, *_ = main_ibot.train_step(batches, student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None,
                                             epoch=1, lr=0.01, weight_decay=0.1, momentum=0.9, clip_grad=3.0,
                                             freeze_last_layer=False, **kwargs)
     return {**losses, **dict(ibot_loss.named_buffers()), **{f"grad of {n}": p.grad for n, p in student.named_parameters()},
