@@ -641,17 +641,13 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
 
 def restore(path, student, teacher, optimizer, ibot_loss, scaler):
     """Load all of a checkpoint, of this project or of the reference; returns the epoch to run next."""
-    checkpoint = utils.load_checkpoint(path)
-    kinds = {"student": dict, "teacher": dict, "optimizer": dict, "epoch": int, "ibot_loss": dict}
-    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    if missing:
-        raise utils.InputError(f"checkpoint {path} is no pre-training checkpoint: it lacks {', '.join(missing)}")
+    checkpoint = utils.load_pretraining(path)
     for key, network in (("student", student), ("teacher", teacher)):
         utils.load_strictly(network, utils.network_state_dict(checkpoint, key, path), path)
     utils.load_strictly(ibot_loss, checkpoint["ibot_loss"], path)
     utils.load_optimizer(optimizer, checkpoint["optimizer"], path)
     if scaler is not None and "fp16_scaler" in checkpoint:
-        scaler.load_state_dict(checkpoint["fp16_scaler"])
+        utils.load_scaler(scaler, checkpoint["fp16_scaler"], path)
     return checkpoint["epoch"]
 
 
