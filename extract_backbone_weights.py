@@ -16,6 +16,7 @@ import os
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import utils
@@ -35,23 +36,27 @@ def timm_state_dict(state):
     """Backbone names of this project to timm's: Swin's patch merging belongs to the stage that it begins, not ends."""
     state = {name: value for name, value in state.items()
              if name != "masked_embed" and not name.endswith(("relative_position_index", "attn_mask"))}
-    return {re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) + 1}.downsample", name): value
+    return {re.sub(r"^layers\.(\d{1,4})\.downsample", lambda match: f"layers.{int(match[1]) + 1}.downsample", name): value
             for name, value in state.items()}
 
 
 def extract(checkpoint, key, path, with_head=False, timm_format=False):
     """Names and tensors of the backbone under `key` of a checkpoint dictionary that was read from `path`.
 
-    Raises InputError when there is no such entry or no backbone in it.
+    Raises InputError when there is no such entry, no backbone in it, or a value that is not finite.
     """
     state = utils.backbone_state_dict(checkpoint, key, path)
     if "patch_embed.proj.weight" not in state:
         raise utils.InputError(f"checkpoint {path}: key {key!r} holds no backbone (no patch_embed.proj.weight)")
     if timm_format:
-        return timm_state_dict(state)
-    if with_head:
+        state = timm_state_dict(state)
+    elif with_head:
         whole = utils.without_prefix(utils.network_state_dict(checkpoint, key, path), "backbone.")
         state |= {name: value for name, value in whole.items() if name not in state}
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
+    if broken:
+        raise utils.InputError(f"checkpoint {path}: {len(broken)} tensors of {key!r} are not finite, the first: "
+                               f"{utils.printable(broken[0])}")
     return state
 
 
@@ -76,8 +81,13 @@ def main():
         temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
         # Clones: safetensors refuses tensors that share storage, as a shared head's two names do.
         tensors = {name: value.clone().contiguous() for name, value in state.items()}
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, output)
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            os.replace(temporary, output)
+        except SafetensorError as error:
+            raise utils.InputError(f"output {output}: {utils.printable(error, 160)}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
     print(f"{output}: {len(state)} tensors, {sum(value.numel() for value in state.values()) / 1e6:.2f} M values, "
           f"{args.format} names")
 

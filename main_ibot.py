@@ -947,16 +947,27 @@ def find_checkpoint(output_dir, load_from):
 
 
 def read_checkpoint(path):
-    """A pre-training checkpoint, of this project or of the reference; raises `utils.InputError` if it is something else."""
-    checkpoint = utils.load_checkpoint(path)
-    kinds = {"student": dict, "teacher": dict, "optimizer": dict, "epoch": int, "ibot_loss": dict}
-    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    if missing:
-        raise utils.InputError(f"checkpoint {path} is no pre-training checkpoint: it lacks {', '.join(missing)}")
-    progress, known = checkpoint.get("progress", {}), new_progress()
-    if not isinstance(progress, dict) or progress and ({name: type(value) for name, value in progress.items()}
-                                                       != {name: type(value) for name, value in known.items()}):
-        raise utils.InputError(f"checkpoint {path}: its entry 'progress' is not one of this project")
+    """`utils.load_pretraining`; raises `utils.InputError` too when what it says of the running epoch cannot be."""
+    checkpoint = utils.load_pretraining(path)
+    progress = checkpoint.get("progress", {})
+
+    def whole(name):
+        return type(progress.get(name)) is int and 0 <= progress[name] < 2**40
+
+    def numbers(name):
+        values = progress.get(name)
+        return isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
+
+    def vector(value, dtype):
+        return torch.is_tensor(value) and value.dtype is dtype and value.ndim == 1
+    good = not progress or isinstance(progress, dict) and all((
+        all(map(whole, ("step", "dropped", "folder", "total_batch"))),
+        all(map(numbers, ("totals", "counts"))) and progress["totals"].keys() == progress["counts"].keys(),
+        all(vector(progress.get(name), torch.int64) for name in ("labels", "clusters")),
+        isinstance(progress.get("bad"), list) and all(isinstance(name, str) for name in progress["bad"]),
+        isinstance(progress.get("random"), list) and all(vector(state, torch.uint8) for state in progress["random"])))
+    if not good:
+        raise utils.InputError(f"checkpoint {path}: its entry 'progress' cannot be used")
     return checkpoint
 
 
@@ -967,7 +978,7 @@ def restore(path, checkpoint, student, teacher, optimizer, ibot_loss, scaler):
     utils.load_strictly(ibot_loss, checkpoint["ibot_loss"], path)
     utils.load_optimizer(optimizer, checkpoint["optimizer"], path)
     if scaler is not None and "fp16_scaler" in checkpoint:
-        scaler.load_state_dict(checkpoint["fp16_scaler"])
+        utils.load_scaler(scaler, checkpoint["fp16_scaler"], path)
 
 
 def notes_of_resume(path, checkpoint, args, process, folder, images, used):

@@ -1,4 +1,5 @@
 """The frozen backbone that an evaluation looks at."""
+import argparse
 import math
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import models
 import utils
 
 RANDOM_SEED = 0  # the untrained baseline is one fixed network, the same in every process
+MOST_CELLS = 512  # patches along a side of the images that a checkpoint was trained on
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,24 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     checkpoint = {} if weights == "random" else utils.load_checkpoint(weights)
     state = None if weights == "random" else utils.backbone_state_dict(checkpoint, key, weights)
 
-    stored = checkpoint.get("args")
-    stored = stored if isinstance(stored, dict) else vars(stored) if hasattr(stored, "__dict__") else {}
+    stored = checkpoint.get("args", {})
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    if not isinstance(stored, dict):
+        raise utils.InputError(f"checkpoint {weights}: its args are a {type(stored).__name__}")
     arch = arch or stored.get("arch", "vit_small")
-    patch_size = patch_size or stored.get("patch_size", 16)
-    window_size = window_size or stored.get("window_size", 7)
-    image_size = image_size or stored.get("global_crops_size", 224)
-    if arch not in models.ARCHS:
-        raise utils.InputError(f"checkpoint {weights}: its arch {arch!r} is not one of {', '.join(models.ARCHS)}")
+    if not isinstance(arch, str) or arch not in models.ARCHS:
+        raise utils.InputError(f"checkpoint {weights}: its arch, {_shown(arch)}, is not one of {', '.join(models.ARCHS)}")
+
+    def setting(given, name, default, largest):
+        value = stored.get(name, default) if given is None else given
+        if given is None and (type(value) is not int or not 1 <= value <= largest):
+            raise utils.InputError(f"checkpoint {weights}: its {name}, {_shown(value)}, must be a number of 1..{largest}")
+        return value
+
+    # Bounds, as the sizes of a foreign file must not decide how much memory is taken; flags may exceed them.
+    patch_size = setting(patch_size, "patch_size", 16, 256)
+    window_size = setting(window_size, "window_size", 7, 32)
+    image_size = setting(image_size, "global_crops_size", 224, 4096)
     is_swin = arch.startswith("swin")
     if is_swin:
         patch_size = 4
@@ -61,6 +73,10 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     return EvaluatedBackbone(model.float().eval().requires_grad_(False), arch, patch_size, window_size, image_size)
 
 
+def _shown(value):
+    return utils.printable(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+
+
 def _trained_image_size(state, arch, patch_size, weights):
     """Side in pixels of the images that a ViT's position embedding was made for."""
     positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
@@ -69,7 +85,8 @@ def _trained_image_size(state, arch, patch_size, weights):
     if patches.shape[-1] != patch_size:
         raise utils.InputError(f"checkpoint {weights} has patches of {patches.shape[-1]} pixels, not {patch_size}; "
                                "see --patch_size")
-    cells = math.isqrt(positions.shape[1] - 1)
-    if cells ** 2 != positions.shape[1] - 1:
-        raise utils.InputError(f"checkpoint {weights}: its {positions.shape[1] - 1} patch positions are no square grid")
+    cells = math.isqrt(max(positions.shape[1] - 1, 0))
+    if not 1 <= cells <= MOST_CELLS or cells ** 2 != positions.shape[1] - 1:
+        raise utils.InputError(f"checkpoint {weights}: its {positions.shape[1] - 1} patch positions are no square grid "
+                               f"of at most {MOST_CELLS} x {MOST_CELLS}")
     return cells * patch_size
