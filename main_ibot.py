@@ -559,7 +559,7 @@ def pretrain(args, signals):
                 print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(bad[:10])}; all: "
                       f"{output_dir / BAD_IMAGES}")
             print(end="", flush=True)
-        progress = new_progress()
+        progress = new_progress() | {"dropped": progress["dropped"]}
         save_now(epoch + 1, progress)
     if main_process:
         writer.close()

@@ -225,34 +225,30 @@ def children(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
-def test_one_of_two_processes_is_killed(digits, tmp_path):
-    """torchrun ends, soon; started again it goes on, and ends where an undisturbed run of two processes does."""
-    for name in ("whole", "part"):
-        process = start(*two_processes(digits, tmp_path / name), processes=2)
-        if name == "part":
-            wait_for(lambda: (tmp_path / "part/checkpoint_previous.pth").exists(), process)
-            os.kill(children(process)[1], signal.SIGKILL)
-            killed = time.monotonic()
-            _, errors = process.communicate(timeout=60)
-            assert process.returncode != 0 and time.monotonic() - killed < 30
-            assert "error: the connection to another process broke" in errors and "Traceback (most recent call last):\n  File \"" \
-                + str(ROOT) not in errors
-            process = start(*two_processes(digits, tmp_path / name), processes=2)
-        out, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    assert "step " in out[out.index("starting at epoch"):].splitlines()[0]
-    assert_same_run(tmp_path / "part", tmp_path / "whole")
+def test_processes_are_killed(digits, tmp_path):
+    """torchrun ends soon when one of two is killed; with --max-restarts it goes on by itself; the end is as without kills."""
+    process = start(*two_processes(digits, tmp_path / "whole"), processes=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
 
+    part = tmp_path / "part"
+    process = start(*two_processes(digits, part), processes=2)
+    wait_for(lambda: (part / "checkpoint_previous.pth").exists(), process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - killed < 30
+    assert "error: the connection to another process broke" in errors and "Error:" not in errors.partition("torch.distributed")[0]
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
-def test_torchrun_restarts_by_itself(digits, tmp_path):
-    """--max-restarts and --load_from auto: after a kill the run goes on without anyone's doing."""
-    process = start(*two_processes(digits, tmp_path / "run", "--epochs", 1), processes=2, launcher_flags=["--max-restarts=2"])
-    wait_for(lambda: (tmp_path / "run/checkpoint_previous.pth").exists(), process)
+    newest = part / "checkpoint.pth"
+    before = newest.stat().st_mtime_ns
+    process = start(*two_processes(digits, part), processes=2, launcher_flags=["--max-restarts=2"])
+    wait_for(lambda: newest.stat().st_mtime_ns > before, process)
     os.kill(children(process)[0], signal.SIGKILL)
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert out.count("starting at epoch 0") == 2 and "resumed from" in out and "epoch 0 done" in out
+    assert out.count("resumed from") == 2 and out.count("epoch 1 done") == 1
+    assert_same_run(part, tmp_path / "whole")
 
 
 def test_another_number_of_processes(digits, tmp_path, capsys, after_batches):
@@ -309,8 +305,8 @@ def file_limit():
 
 def test_disk_full_while_saving(whole, digits, tmp_path, capsys, file_limit):
     flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--load_from", "auto"]
-    train(*flags, "--epochs", 1)
-    good = (tmp_path / "checkpoint.pth").read_bytes()
+    good = (whole / "checkpoint_previous.pth").read_bytes()  # after epoch 0
+    (tmp_path / "checkpoint.pth").write_bytes(good)
     file_limit(len(good) // 2)
     with pytest.raises(utils.InputError, match="checkpoint.pth could not be written .*; the checkpoints before it are intact"):
         train(*flags, "--on_save_error", "stop")
@@ -463,7 +459,7 @@ def test_failing_process_is_named():
 
 def test_collapse_signs_equal_plain_ones():
     torch.manual_seed(0)
-    module = main_ibot.iBOTLoss(8, 8, [0.05], [0.06]).double()
+    module = main_ibot.iBOTLoss(8, 8, np.full(1, 0.05), np.full(1, 0.06)).double()
     module.center.normal_(), module.center2.normal_()
     G, B = 2, 3
     s_cls, s_patch, t_cls, t_patch = (torch.randn(n, 8, dtype=torch.float64) for n in (G * B, 5, G * B, 5))
