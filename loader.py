@@ -162,13 +162,36 @@ def _folders(index):
     return os.fsdecode(index["folders"].numpy().tobytes()).split("\0")
 
 
+def _is_sound(index):
+    """Whether an index out of a file can be used: arrays that fit together, and names that stay in the folder."""
+    kinds = {"folders": torch.uint8, "modified": torch.int64, "counts": torch.int64, "names": torch.uint8,
+             "ends": torch.int64}
+    arrays = [index.get(name) for name in kinds]
+    if not all(torch.is_tensor(array) and array.dtype == kind and array.ndim == 1
+               for array, kind in zip(arrays, kinds.values(), strict=True)):
+        return False
+    _, modified, counts, names, ends = arrays
+    folders = _folders(index)
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    return (len(folders) == len(modified) == len(counts) and not any(
+                os.path.isabs(folder) or ".." in folder.split(os.sep) for folder in folders)
+            and bool((counts >= 0).all()) and int(counts.sum()) == len(ends) and bool((lengths > 0).all())
+            and int(lengths.sum()) == len(names) and not bool((names == ord(os.sep)).any()))
+
+
 def _read_index(path, root):
-    """The index at `path`, or None when there is none, it is broken, or a folder changed since."""
+    """The index at `path`, or None when there is none, it is broken (said once), or a folder changed since."""
+    if not os.path.exists(path):
+        return None
     try:
         index = load_checkpoint(path)
-    except InputError:
+    except InputError as error:
+        _note(f"{error}; the folder is walked instead")
         return None
     if index.get("version") != INDEX_VERSION or index.get("extensions") != list(IMG_EXTENSIONS):
+        return None
+    if not _is_sound(index):
+        _note(f"index {path} is damaged; the folder is walked instead")
         return None
     try:
         modified = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in _folders(index)]
