@@ -87,6 +87,16 @@ run() {
     return "$code"
 }
 
+# stopped NAME CODE COMMAND: ends after the pre-training NAME has failed or was stopped, in which case COMMAND goes on.
+stopped() {
+    if [ "$2" = 75 ] || [ -n "$signalled" ]; then
+        echo "run.sh: $1 was stopped (code $2); to go on: $3" >&2
+    else
+        echo "run.sh: $1 failed with code $2; nothing after it was run" >&2
+    fi
+    exit "$2"
+}
+
 pass_on() {
     signalled=$1 again=yes
     [ -z "$child" ] || kill -s "$2" "$child" 2>/dev/null || true
@@ -193,7 +203,8 @@ quickstart() {
         # Only the toy is overwritten, and not when it is resumed.
         [ -n "$(flag_value --load_from "$@")$(flag_value --data_path "$@")" ] || settings+=(--overwrite true)
     fi
-    run "$python" "${at}main_ibot.py" "${settings[@]}" "$@"
+    run "$python" "${at}main_ibot.py" "${settings[@]}" "$@" ||
+        stopped quickstart $? "$(quoted bash "$0" quickstart "$@"), with --load_from auto"
     run "$python" "${at}analysis/quickstart.py" report --output_dir "$output"
 }
 
@@ -215,11 +226,8 @@ launch() {
     fi
     run "${start[@]}" "$@" || code=$?
     [ "$code" != 0 ] || return 0
-    if [ "$name" = imagenet_pretrain ] && { [ "$code" = 75 ] || [ -n "$signalled" ]; }; then
-        echo "run.sh: $name was stopped (code $code); to go on: $again_with" >&2
-    else
-        echo "run.sh: $name failed with code $code; nothing after it was run" >&2
-    fi
+    [ "$name" != imagenet_pretrain ] || stopped "$name" "$code" "$again_with"
+    echo "run.sh: $name failed with code $code; nothing after it was run" >&2
     exit "$code"
 }
 
@@ -284,7 +292,7 @@ run_tasks() {
 
     # A run that is there already goes on, or says that it is finished.
     local resume=() again_with
-    again_with=$(quoted "$0" "$@")
+    again_with=$(quoted bash "$0" "$@")
     if [ -n "$(flag_value --overwrite ${extra[@]+"${extra[@]}"})" ]; then
         again_with="$again_with, without --overwrite"
     elif [ -z "$(flag_value --load_from ${extra[@]+"${extra[@]}"})" ]; then

@@ -285,7 +285,16 @@ def test_signals_reach_training_and_its_code_comes_back(repository, name):
     assert process.returncode == 75
     assert calls.read_text().splitlines()[1:] == [name, "saved"] and ended(pid)
     assert message == ("run.sh: imagenet_pretrain was stopped (code 75); to go on: "
-                       "run.sh imagenet_pretrain+imagenet_knn job vit_small teacher 1 --epochs 3\n")
+                       "bash run.sh imagenet_pretrain+imagenet_knn job vit_small teacher 1 --epochs 3\n")
+
+
+def test_a_stopped_quickstart_says_how_to_go_on(repository):
+    """The same command would start over."""
+    path = fake_python(repository / "bin", 0)
+    (path / "python3").write_text('#!/bin/sh\ncase "$*" in *main_ibot*) exit 75 ;; -c*) echo 1 ;; esac\n')
+    result = call(repository, "quickstart", "--seed", 1, path=path)
+    assert result.returncode == 75 and "report" not in result.stdout
+    assert result.stderr.endswith("run.sh quickstart --seed 1, with --load_from auto\n"), result.stderr
 
 
 def test_several_signals(repository):
