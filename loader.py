@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -91,7 +91,7 @@ def load_rgb(path):
                 image.load()
                 return image  # convert() would copy it
             return image.convert("RGB")
-    except UnidentifiedImageError as error:
+    except Image.UnidentifiedImageError as error:
         raise BadImage(f"{path}: cannot be read as an image (no {', '.join(IMAGE_FORMATS)} file)") from error
     except Exception as error:  # decoders raise almost anything on a damaged file
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

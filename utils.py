@@ -315,8 +315,8 @@ def _check_pickle(data, sizes):
     """Go through the pickle of an archive without building anything of it; raises on all that `load_checkpoint` refuses.
 
     torch's own restricted reader runs no code either, but it lets a pickle allocate what it likes (`bytearray`, tensors of
-    a given size), nest without end, and give tensors more elements than their record has, which are then read from
-    elsewhere in memory. `sizes`: bytes of each record.
+    a given size), nest without end, and in some versions (2.8) give tensors more elements than their record has, which
+    are then read from elsewhere in memory. `sizes`: bytes of each record.
     """
     stack, marks, memo = [], [], {}
 
