@@ -270,6 +270,8 @@ def _check_archive(file):
         names = {record.filename.removeprefix(prefix).lower() for record in records}  # torch ignores case
         if "data.pkl" not in names:
             raise ValueError("it is a zip file, but not one of torch.save")
+        if "constants.pkl" in names:
+            raise ValueError("it is a program, in TorchScript")
         if len(names) < len(records) or not all(
                 record.filename.startswith(prefix) and record.filename == record.orig_filename for record in records):
             raise ValueError("its records have ambiguous names")

