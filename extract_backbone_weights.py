@@ -78,6 +78,8 @@ def main():
     if output.suffix == ".pth":
         utils.save_atomically(state if args.format == "timm" else {"state_dict": state}, output)
     else:
+        if "__metadata__" in state:
+            raise utils.InputError(f"output {output}: a safetensors file cannot hold a tensor called __metadata__")
         temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
         # Clones: safetensors refuses tensors that share storage, as a shared head's two names do.
         tensors = {name: value.clone().contiguous() for name, value in state.items()}

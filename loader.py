@@ -9,8 +9,10 @@ import hashlib
 import itertools
 import math
 import os
+import stat
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +51,15 @@ def normalize(images):
 
 # ---------------------------------------------------------------- image files
 
+# Others that Pillow knows are left out: for EPS, whatever the file is called, it would start Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
+# An image takes 3 bytes a pixel and more in each worker. Below, 20,000 x 20,000 pixels can be read, which Pillow refuses by
+# default, but beyond Pillow's bound for doubt only if the file is not a tiny one, which would unpack to almost nothing.
+MAX_PIXELS, DOUBTFUL_PIXELS, DOUBTFUL_RATIO = 2**29, Image.MAX_IMAGE_PIXELS, 100
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `load_rgb` raises instead
+
+
 class BadImage(InputError):
     """A file cannot be decoded as an image; the message names it."""
 
@@ -57,14 +68,23 @@ def load_rgb(path):
     """Decode an image file to a PIL RGB image. Raises `BadImage` for whatever keeps it from being decoded.
 
     Grey, palette and CMYK images are converted, 16-bit grey is scaled by 1/257, alpha is dropped. The EXIF orientation
-    is ignored, as in the reference (and in torchvision's `ImageFolder`), whose published numbers assume it.
+    is ignored, as in the reference (and in torchvision's `ImageFolder`), whose published numbers assume it. What has more
+    than MAX_PIXELS, or more than DOUBTFUL_PIXELS out of a file that is small for that, is refused before it is unpacked.
     """
     try:
-        with Image.open(path) as image:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no file")  # opening a pipe would wait for ever
+        # By the file, not by its name: Pillow would map it, and the process die when the file is cut meanwhile.
+        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS or pixels > max(DOUBTFUL_PIXELS, DOUBTFUL_RATIO * status.st_size):
+                raise ValueError(f"{image.width} x {image.height} pixels in {status.st_size} bytes; up to {MAX_PIXELS} "
+                                 f"and {DOUBTFUL_RATIO} for each byte are read; cut it or shrink it")
             if image.mode == "F":
                 raise ValueError("float pixels have no known range")
             if image.mode.startswith("I"):  # 16 bits; convert() clips some of these modes at 255
-                values = np.asarray(image).astype(np.int64).clip(0, 65535)
+                values = np.array(image, dtype=np.int32).clip(0, 65535)
                 return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
             if image.mode == "P":  # by way of RGBA: a palette with transparency warns otherwise
                 image = image.convert("RGBA")
@@ -72,6 +92,8 @@ def load_rgb(path):
                 image.load()
                 return image  # convert() would copy it
             return image.convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(f"{path}: cannot be read as an image (no {', '.join(IMAGE_FORMATS)} file)") from error
     except Exception as error:  # decoders raise almost anything on a damaged file
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         raise BadImage(f"{path}: cannot be read as an image ({' '.join(reason.split())})") from error
@@ -163,13 +185,36 @@ def _folders(index):
     return os.fsdecode(index["folders"].numpy().tobytes()).split("\0")
 
 
+def _is_sound(index):
+    """Whether an index out of a file can be used: arrays that fit together, and names that stay in the folder."""
+    kinds = {"folders": torch.uint8, "modified": torch.int64, "counts": torch.int64, "names": torch.uint8,
+             "ends": torch.int64}
+    arrays = [index.get(name) for name in kinds]
+    if not all(torch.is_tensor(array) and array.dtype == kind and array.ndim == 1
+               for array, kind in zip(arrays, kinds.values(), strict=True)):
+        return False
+    _, modified, counts, names, ends = arrays
+    folders = _folders(index)
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    return (len(folders) == len(modified) == len(counts) and not any(
+                os.path.isabs(folder) or ".." in folder.split(os.sep) for folder in folders)
+            and bool((counts >= 0).all()) and int(counts.sum()) == len(ends) and bool((lengths > 0).all())
+            and int(lengths.sum()) == len(names) and not bool((names == ord(os.sep)).any()))
+
+
 def _read_index(path, root):
-    """The index at `path`, or None when there is none, it is broken, or a folder changed since."""
+    """The index at `path`, or None when there is none, it is broken (said once), or a folder changed since."""
+    if not os.path.exists(path):
+        return None
     try:
         index = load_checkpoint(path)
-    except InputError:
+    except InputError as error:
+        _note(f"{error}; the folder is walked instead")
         return None
     if index.get("version") != INDEX_VERSION or index.get("extensions") != list(IMG_EXTENSIONS):
+        return None
+    if not _is_sound(index):
+        _note(f"index {path} is damaged; the folder is walked instead")
         return None
     try:
         modified = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in _folders(index)]

@@ -17,6 +17,10 @@ KEY       network to evaluate: teacher, student, or both with a comma
 GPUS      number of processes
 flags     go to pre-training, or to the evaluations when TYPE holds no pre-training; --data_path replaces the default folder
 
+Pre-training that was interrupted goes on when the same command is given again, and a finished one says so: it gets
+--load_from auto unless the flags hold --load_from or --overwrite. SIGTERM, SIGINT and SIGUSR1 reach what runs. The exit
+code is that of the task that failed; 75: pre-training was stopped by a signal and has saved what it needs to go on.
+
 Environment variables:
   DATA_PATH    folder with train/ and val/ (data/imagenet)         OUTPUT_DIR   folder of the results (work_dirs/JOB_NAME)
   PRETRAINED   checkpoint to evaluate (OUTPUT_DIR/checkpoint.pth)  AVGPOOL      pooling of k-NN features: 0, 1 or 2 (0)
@@ -47,13 +51,55 @@ die() {
     exit 2
 }
 
-# Prints the command, quoted for a shell, and runs it unless DRY_RUN is set.
-run() {
+quoted() {
     local line
     line=$(printf '%q ' "$@")
-    echo "${line% }"
+    printf '%s\n' "${line% }"
+}
+
+# Prints the command, quoted for a shell, and runs it unless DRY_RUN is set; returns its exit code.
+#
+# Schedulers signal this shell alone, and bash would wait for the command to end before it looked at that. So the command
+# runs in the background, signals are passed on to it, and it is waited for until it has ended. `usr1` is the signal that
+# it gets for SIGUSR1, `signalled` the last one that came.
+run() {
+    quoted "$@"
     [ "${DRY_RUN:-0}" = 0 ] || return 0
-    "$@"
+    local code=127 status again child=""
+    signalled=""
+    trap 'pass_on HUP HUP' HUP
+    trap 'pass_on INT INT' INT
+    trap 'pass_on TERM TERM' TERM
+    trap 'pass_on USR1 "${usr1:-USR1}"' USR1
+    set -m  # a process group of its own: without, bash lets background commands ignore SIGINT, and Ctrl-C would come twice
+    "$@" &
+    child=$!
+    set +m
+    [ -z "$signalled" ] || pass_on "$signalled" TERM  # it came before there was a child
+    while :; do
+        again="" status=0
+        wait "$child" || status=$?
+        [ "$status" = 127 ] || code=$status  # 127: it had been waited for already, when the last signal came
+        [ -n "$again" ] || break
+    done
+    trap - HUP INT TERM USR1
+    [ -z "$signalled" ] || [ "$code" != 0 ] || code=$((128 + $(kill -l "$signalled")))  # nothing more is to be started
+    return "$code"
+}
+
+# stopped NAME CODE COMMAND: ends after the pre-training NAME has failed or was stopped, in which case COMMAND goes on.
+stopped() {
+    if [ "$2" = 75 ] || [ -n "$signalled" ]; then
+        echo "run.sh: $1 was stopped (code $2); to go on: $3" >&2
+    else
+        echo "run.sh: $1 failed with code $2; nothing after it was run" >&2
+    fi
+    exit "$2"
+}
+
+pass_on() {
+    signalled=$1 again=yes
+    [ -z "$child" ] || kill -s "$2" "$child" 2>/dev/null || true
 }
 
 # Value of the flag $1 among the other arguments (the last one counts); empty when it is not there.
@@ -157,23 +203,32 @@ quickstart() {
         # Only the toy is overwritten, and not when it is resumed.
         [ -n "$(flag_value --load_from "$@")$(flag_value --data_path "$@")" ] || settings+=(--overwrite true)
     fi
-    run "$python" "${at}main_ibot.py" "${settings[@]}" "$@"
+    run "$python" "${at}main_ibot.py" "${settings[@]}" "$@" ||
+        stopped quickstart $? "$(quoted bash "$0" quickstart "$@"), with --load_from auto"
     run "$python" "${at}analysis/quickstart.py" report --output_dir "$output"
 }
 
 # ---------------------------------------------------------------- tasks
 
-# Starts the script $1 with the other arguments: on all nodes if the task runs so, else on this one.
+# Starts the script $1 with the other arguments: on all nodes if the task runs so, else on this one. A single process needs
+# no launcher, which would turn every exit code into 1 and end at SIGUSR1 without its processes.
 launch() {
-    local place=(--standalone)
+    local start=("$python") usr1=USR1 code=0
     if [ "$runs" = together ] && [ "$nodes" -gt 1 ]; then
-        place=(--nnodes "$nodes" --node_rank "$node" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+        start+=(-m torch.distributed.run --nnodes "$nodes" --node_rank "$node" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+                --master_port "${MASTER_PORT:-29500}" --nproc_per_node "$per_node")
+        usr1=TERM
+    elif [ "$per_node" -gt 1 ]; then
+        start+=(-m torch.distributed.run --standalone --nproc_per_node "$per_node")
+        usr1=TERM
+    elif [ -n "${SLURM_PROCID:-}${RANK:-}" ]; then
+        start=(env RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 "$python")  # alone, whatever step of a job this is
     fi
-    run "$python" -m torch.distributed.run "${place[@]}" --nproc_per_node "$per_node" "$@" || {
-        local code=$?
-        echo "run.sh: $name failed with code $code; nothing after it was run" >&2
-        exit "$code"
-    }
+    run "${start[@]}" "$@" || code=$?
+    [ "$code" != 0 ] || return 0
+    [ "$name" != imagenet_pretrain ] || stopped "$name" "$code" "$again_with"
+    echo "run.sh: $name failed with code $code; nothing after it was run" >&2
+    exit "$code"
 }
 
 # run_tasks TYPE JOB_NAME ARCH KEY GPUS [flags]
@@ -235,6 +290,15 @@ run_tasks() {
             die "no checkpoint $checkpoint to evaluate; PRETRAINED names another one"
     fi
 
+    # A run that is there already goes on, or says that it is finished.
+    local resume=() again_with
+    again_with=$(quoted bash "$0" "$@")
+    if [ -n "$(flag_value --overwrite ${extra[@]+"${extra[@]}"})" ]; then
+        again_with="$again_with, without --overwrite"
+    elif [ -z "$(flag_value --load_from ${extra[@]+"${extra[@]}"})" ]; then
+        resume=(--load_from auto)
+    fi
+
     for name in "${names[@]}"; do
         task "$name"
         flags=(--arch "$arch" --output_dir "$output${sub:+/$sub}" ${fixed[@]+"${fixed[@]}"})
@@ -244,6 +308,7 @@ run_tasks() {
             flags+=(${extra[@]+"${extra[@]}"})
         fi
         [ -n "$own" ] || flags=(--data_path "$data" "${flags[@]}")
+        [ "$name" != imagenet_pretrain ] || flags+=(${resume[@]+"${resume[@]}"})
         if [ "$runs" = together ]; then
             launch "$at$script" "${flags[@]}"
         else
@@ -274,7 +339,8 @@ case ${1-} in
         shift
         [ "${DRY_RUN:-0}" != 0 ] || set_up
         cd "$root"
-        run "$python" -m pytest -q tests "$@"
+        quoted "$python" -m pytest -q tests "$@"
+        [ "${DRY_RUN:-0}" != 0 ] || exec "$python" -m pytest -q tests "$@"  # in the foreground, for debuggers
         ;;
     *) run_tasks "$@" ;;
 esac

@@ -400,7 +400,11 @@ def _check_archive(file):
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         prefix = records[0].filename.partition("/")[0] + "/" if records else ""
-        names = {record.filename.lower() for record in records}  # torch does not tell capitals from small letters
+        names = {record.filename.removeprefix(prefix).lower() for record in records}  # torch ignores case
+        if "data.pkl" not in names:
+            raise ValueError("it is a zip file, but not one of torch.save")
+        if "constants.pkl" in names:
+            raise ValueError("it is a program, in TorchScript")
         if len(names) < len(records) or not all(
                 record.filename.startswith(prefix) and record.filename == record.orig_filename for record in records):
             raise ValueError("its records have ambiguous names")
@@ -410,11 +414,9 @@ def _check_archive(file):
         if sum(record.file_size for record in records) > size:
             raise ValueError("its records claim more bytes than the file has")
         sizes = {record.filename.removeprefix(prefix): record.file_size for record in records}
-        if "data.pkl" not in sizes:
-            raise ValueError("it is a zip file, but not one of torch.save")
         damaged = archive.testzip()
         if damaged is not None:
-            raise ValueError(f"its record {printable(damaged)} is damaged")
+            raise ValueError(f"its record {damaged} is damaged")
         try:
             _check_pickle(archive.read(prefix + "data.pkl"), sizes)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -430,16 +432,16 @@ class _Part:
             self.add(items)
 
     def add(self, items):
+        parts = [item for item in items if isinstance(item, _Part)]
+        for part in parts:
+            part.closed = True
         if self.closed:  # so that nothing can contain itself, and depth and number stay what they are
             raise ValueError("its pickle changes a container after it was put into another")
-        for item in items:
-            if isinstance(item, _Part):
-                if item.kind == "name" and self.kind != "tuple":
-                    raise ValueError(f"it holds {printable(item.items.replace(' ', '.'))}")
-                item.closed = True
-                self.depth, self.values = max(self.depth, item.depth + 1), self.values + item.values
-            else:
-                self.values += 1
+        self.values += len(items) - len(parts)
+        for part in parts:
+            if part.kind == "name" and self.kind != "tuple":
+                raise ValueError(f"it holds {part.items.replace(' ', '.')}")
+            self.depth, self.values = max(self.depth, part.depth + 1), self.values + part.values
         if self.depth > _DEEPEST or self.values > _MOST_VALUES:
             raise ValueError(f"its pickle is nested more than {_DEEPEST} deep or holds more than {_MOST_VALUES} values")
 
@@ -448,8 +450,8 @@ def _check_pickle(data, sizes):
     """Go through the pickle of an archive without building anything of it; raises on all that `load_checkpoint` refuses.
 
     torch's own restricted reader runs no code either, but it lets a pickle allocate what it likes (`bytearray`, tensors of
-    a given size), nest without end, and give tensors more elements than their record has, which are then read from
-    elsewhere in memory. `sizes`: bytes of each record.
+    a given size), nest without end, and in some versions (2.8) give tensors more elements than their record has, which
+    are then read from elsewhere in memory. `sizes`: bytes of each record.
     """
     stack, marks, memo = [], [], {}
 
@@ -495,7 +497,7 @@ def _check_pickle(data, sizes):
                 stack.append(memo[value])
             case "GLOBAL":
                 if value not in _NAMES:
-                    raise ValueError(f"it holds {printable(value.replace(' ', '.'))}")
+                    raise ValueError(f"it holds {value.replace(' ', '.')}")
                 stack.append(_Part("name", value))
             case "NEWOBJ" | "REDUCE":
                 function, arguments = pop(2)
@@ -524,9 +526,11 @@ def _check_pickle(data, sizes):
 
 def _storage(items, sizes):
     """The storage that a persistent id of `torch.save` names: ("storage", type, record, device, number of elements)."""
+    if len(items) != 5:
+        raise ValueError("its pickle is damaged")
     word, kind, key, _, elements = items
     if word != "storage" or sizes.get(f"data/{key}") != elements * _STORAGES[kind.items] or type(elements) is not int:
-        raise ValueError(f"its tensor {printable(key)} claims another size than its record has")
+        raise ValueError(f"its tensor {key} claims another size than its record has")
     return _Part("storage", elements)
 
 
@@ -545,10 +549,10 @@ def _called(name, code, arguments):
                 raise ValueError("it holds a tensor whose shape is damaged")
             last = offset + sum((n - 1) * step for n, step in zip(shape.items, stride.items, strict=True))
             # A stride of 0 would give one value any number of elements; an empty tensor might have a side of any length.
-            if math.prod(max(n, 1) for n in shape.items) > max(storage.items, 1) or (
-                    0 not in shape.items and last >= storage.items):
-                raise ValueError(f"it holds a tensor of shape {printable(shape.items)}, of which the file has "
-                                 f"{storage.items} values")
+            empty = 0 in shape.items
+            if math.prod(max(n, 1) for n in shape.items) > (_MOST_VALUES if empty else storage.items) or (
+                    not empty and last >= storage.items):
+                raise ValueError(f"the file has {storage.items} values for a tensor of shape {shape.items}")
             return _Part("tensor")
         case "torch._utils _rebuild_parameter", "REDUCE", (_Part(kind="tensor"), bool(), _Part(kind="dict", values=1)):
             return _Part("tensor")
@@ -559,7 +563,7 @@ def _called(name, code, arguments):
             return 0.0
         case "_codecs encode", "REDUCE", (str(text), "latin1"):
             return _Part("bytes", text)
-    raise ValueError(f"it calls {printable(name.replace(' ', '.'))} in a way that torch.save does not write")
+    raise ValueError(f"it calls {name.replace(' ', '.')} in a way that torch.save does not write")
 
 
 def save_atomically(obj, path, previous=None):

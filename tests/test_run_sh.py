@@ -2,7 +2,9 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,28 @@ def test_pretraining(repository):
     [command] = commands(repository, "imagenet_pretrain", "job", "vit_small", "teacher", 4, "--epochs", 3)
     assert command == [*LAUNCH, "--standalone", "--nproc_per_node", "4", "main_ibot.py",
                        "--data_path", "data/imagenet/train", "--arch", "vit_small", "--output_dir", "work_dirs/job",
-                       "--epochs", "3"]
+                       "--epochs", "3", "--load_from", "auto"]
+
+
+def test_one_process_needs_no_launcher(repository):
+    """And so its exit code, 75 after a signal, is seen."""
+    pretrain, evaluate = commands(repository, "imagenet_pretrain+imagenet_knn", "job", "vit_small", "teacher", 1)
+    assert pretrain[:2] == ["python3", "main_ibot.py"] and evaluate[:2] == ["python3", "evaluation/eval_knn.py"]
+    # In a step of several tasks it must not take the others for its own processes.
+    for variables in ({"SLURM_PROCID": "1"}, {"RANK": "1"}):
+        [command] = commands(repository, "imagenet_knn", "job", "vit_small", "teacher", 1, **variables)
+        assert command[:6] == ["env", "RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "python3", "evaluation/eval_knn.py"]
+    [command] = commands(repository, "imagenet_pretrain", "job", "vit_small", "teacher", 2, TOTAL_NODES="2", GPUS_PER_NODE="1")
+    assert command[:5] == [*LAUNCH, "--nnodes", "2"] and flag(command, "--nproc_per_node") == "1"
+
+
+@pytest.mark.parametrize("flags, resumes", [
+    ([], True), (["--epochs", "3"], True), (["--load_from", "checkpoint0040.pth"], False), (["--load_from=auto"], False),
+    (["--overwrite", "true"], False), (["--overwrite=on"], False)])
+def test_pretraining_goes_on_unless_told_otherwise(repository, flags, resumes):
+    pretrain, evaluate = commands(repository, "imagenet_pretrain+imagenet_knn", "job", "vit_small", "teacher", 1, *flags)
+    assert (pretrain[-2:] == ["--load_from", "auto"]) == resumes
+    assert not any(word.startswith("--load_from") for word in evaluate)
 
 
 def test_joined_with_two_keys(repository):
@@ -83,6 +106,7 @@ def test_evaluation_alone_takes_flags_and_variables(repository):
 def test_processes_per_node(repository):
     def processes(gpus, **variables):
         [command] = commands(repository, "imagenet_pretrain", "job", "vit_small", "teacher", gpus, **variables)
+        assert command[:3] == LAUNCH
         return flag(command, "--nproc_per_node")
 
     assert processes(3) == "3"
@@ -209,6 +233,115 @@ def test_failed_pretraining_starts_no_evaluation(repository, code, started):
     assert len(calls) == started and "main_ibot.py" in calls[0]
     if code:
         assert "imagenet_pretrain failed with code 7" in result.stderr
+
+
+TRAINING = """#!/bin/bash
+# Says that it runs, and which signals come; saves for a moment, as main_ibot.py does, and ends with 75.
+note() { echo "$1" >> "{folder}/calls"; }
+for name in HUP INT TERM USR1; do trap "note $name; sleep 0.5; note saved; exit {code}" $name; done
+note "$$ $*"
+for i in {{1..600}}; do sleep 0.1; done
+"""
+
+
+def wait_for(path, text):
+    for _ in range(600):
+        if path.exists() and text in path.read_text():
+            return path.read_text().splitlines()
+        time.sleep(0.05)
+    raise AssertionError(f"no {text!r} in {path}")
+
+
+def ended(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def start(repository, gpus, *flags, code=75, kind="imagenet_pretrain+imagenet_knn"):
+    """run.sh with a python that waits for signals: (process, file of its calls, process id of that python)."""
+    for part in ("train", "val"):
+        (repository / "data/imagenet" / part).mkdir(parents=True, exist_ok=True)
+    (repository / "work_dirs/job").mkdir(parents=True)
+    (repository / "work_dirs/job/checkpoint.pth").touch()
+    folder = fake_python(repository / "bin", 0)
+    script = TRAINING.replace("{folder}", str(folder)).replace("{code}", str(code)).replace("{{", "{").replace("}}", "}")
+    (folder / "python3").write_text(script)
+    process = subprocess.Popen(["bash", "run.sh", kind, "job", "vit_small", "teacher", str(gpus), *flags], cwd=repository,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(repository)})
+    [line] = wait_for(folder / "calls", "vit_small")
+    return process, folder / "calls", int(line.split()[0])
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "HUP"])
+def test_signals_reach_training_and_its_code_comes_back(repository, name):
+    """Sent to run.sh alone: training saves, run.sh waits for that, says how to go on and starts nothing more."""
+    process, calls, pid = start(repository, 1, "--epochs", "3")
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert calls.read_text().splitlines()[1:] == [name, "saved"] and ended(pid)
+    assert message == ("run.sh: imagenet_pretrain was stopped (code 75); to go on: "
+                       "bash run.sh imagenet_pretrain+imagenet_knn job vit_small teacher 1 --epochs 3\n")
+
+
+def test_a_stopped_quickstart_says_how_to_go_on(repository):
+    """The same command would start over."""
+    path = fake_python(repository / "bin", 0)
+    (path / "python3").write_text('#!/bin/sh\ncase "$*" in *main_ibot*) exit 75 ;; -c*) echo 1 ;; esac\n')
+    result = call(repository, "quickstart", "--seed", 1, path=path)
+    assert result.returncode == 75 and "report" not in result.stdout
+    assert result.stderr.endswith("run.sh quickstart --seed 1, with --load_from auto\n"), result.stderr
+
+
+def test_several_signals(repository):
+    """Schedulers repeat themselves while the run saves."""
+    process, calls, pid = start(repository, 1, "--overwrite", "true")
+    for name in ("USR1", "TERM", "TERM"):
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        time.sleep(0.15)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 75 and "saved" in calls.read_text() and ended(pid)
+    assert message.endswith("--overwrite true, without --overwrite\n")
+
+
+def test_the_launcher_gets_sigterm_for_sigusr1(repository):
+    """torch.distributed.run would die of SIGUSR1 and leave its processes behind."""
+    process, calls, pid = start(repository, 2, code=1)  # to the launcher any failure is 1
+    process.send_signal(signal.SIGUSR1)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 1 and calls.read_text().splitlines()[1:] == ["TERM", "saved"] and ended(pid)
+    assert "was stopped (code 1); to go on: " in message
+
+
+@pytest.mark.parametrize("kind", ["imagenet_pretrain+imagenet_knn", "imagenet_knn"])
+def test_nothing_starts_after_a_signal(repository, kind):
+    """Even when the task ends well all the same."""
+    process, calls, pid = start(repository, 1, code=0, kind=kind)
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and ended(pid)
+    assert len(calls.read_text().splitlines()) == 3 and ("to go on" in message) == ("pretrain" in kind)
+
+
+def test_a_killed_process_is_a_failure(repository):
+    process, calls, pid = start(repository, 1)
+    os.kill(pid, signal.SIGKILL)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 137 and "imagenet_pretrain failed with code 137" in message
+
+
+def test_preempted_by_others(repository):
+    """The scheduler signalled training itself: its code alone says so."""
+    path = fake_python(repository / "bin", 75)
+    (repository / "data/imagenet/train").mkdir(parents=True)
+    result = call(repository, "imagenet_pretrain", "my job", "vit_small", "teacher", 1, path=path)
+    assert result.returncode == 75
+    assert result.stderr.startswith("run.sh: imagenet_pretrain was stopped (code 75); to go on: ")
+    assert result.stderr.endswith("run.sh imagenet_pretrain my\\ job vit_small teacher 1\n")
 
 
 def test_python_too_old(repository):
