@@ -99,6 +99,13 @@ def load_rgb(path):
         raise BadImage(f"{path}: cannot be read as an image ({' '.join(reason.split())})") from error
 
 
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def check_image_folder(path):
     """Raise `InputError` unless `path` is a folder with one folder per class (looks at the top level only)."""
     try:
@@ -106,7 +113,7 @@ def check_image_folder(path):
             entries = list(scan)
     except OSError as error:
         raise InputError(f"data folder {path}: {error.strerror}") from error
-    if not any(entry.is_dir() for entry in entries):
+    if not any(map(_is_folder, entries)):
         hint = "expected one folder of images per class"
         if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
             hint = f"move the images into a sub-folder, one folder per class, e.g. {os.path.join(path, 'all', '')}"
@@ -160,7 +167,7 @@ def _walk(root):
             modified = os.stat(path).st_mtime_ns
             with os.scandir(path) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         pending.append(os.path.join(folder, entry.name))
                     elif folder and entry.name.lower().endswith(IMG_EXTENSIONS):
                         files.append(entry.name)

@@ -496,6 +496,9 @@ def pretrain(args, signals):
         start_epoch, progress = checkpoint["epoch"], new_progress() | checkpoint.get("progress", {})
         images = progress["step"] * progress["total_batch"]  # of the running epoch
         progress["step"] = images // total_batch
+        if progress["step"] > steps_per_epoch:
+            raise utils.InputError(f"checkpoint {path}: {images} images of its epoch were used, the folder has "
+                                   f"{len(dataset)}")
         notes += notes_of_resume(path, checkpoint, args, process, len(dataset), images, progress["step"] * total_batch)
         del checkpoint
     started = start_epoch * steps_per_epoch + progress["step"]
@@ -543,7 +546,10 @@ def pretrain(args, signals):
         seed = (args.seed, epoch, process.rank) + (progress["step"],) * (progress["step"] > 0)
         utils.fix_random_seeds(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         if progress["step"] and len(progress["random"]) == process.world_size:
-            utils.set_random_state(progress["random"][process.rank], device)
+            try:
+                utils.set_random_state(progress["random"][process.rank], device)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
         batches = loader.device_batches(data_loader, device, photometry)
         check = partial(check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
@@ -960,7 +966,7 @@ def read_checkpoint(path):
 
     def vector(value, dtype):
         return torch.is_tensor(value) and value.dtype is dtype and value.ndim == 1
-    good = not progress or isinstance(progress, dict) and all((
+    good = "progress" not in checkpoint or isinstance(progress, dict) and all((
         all(map(whole, ("step", "dropped", "folder", "total_batch"))),
         all(map(numbers, ("totals", "counts"))) and progress["totals"].keys() == progress["counts"].keys(),
         all(vector(progress.get(name), torch.int64) for name in ("labels", "clusters")),
@@ -990,8 +996,9 @@ def notes_of_resume(path, checkpoint, args, process, folder, images, used):
     free = {"output_dir", "load_from", "overwrite", "num_workers", "print_freq", "device", "dist_url", "local_rank",
             "saveckp_freq", "save_every_steps", "save_every_minutes", "on_save_error", "on_bad_image", "max_bad_images"}
     then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
-    notes += [f"note: --{name} is {value}, the checkpoint's run had {then[name]}" for name, value in vars(args).items()
-              if name not in free and name in then and then[name] != value]
+    notes += [f"note: --{name} is {value}, the checkpoint's run had {utils.printable(then[name])}"
+              for name, value in vars(args).items()
+              if name not in free and name in then and repr(then[name]) != repr(value)]
     progress = checkpoint.get("progress", {})
     if not images:
         return notes

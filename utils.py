@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 class InputError(ValueError):
@@ -171,8 +172,12 @@ def init_process(device="auto", dist_url="env://"):
             raise InputError("several processes on --device mps are not supported; use one process or --device cpu")
         if dist_url == "env://" and "RANK" not in os.environ:
             _set_slurm_rendezvous()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url,
-                                world_size=world_size, rank=rank)
+        place = {"init_method": dist_url}
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0":
+            # After a restart torchrun's store may still hold the addresses of the processes before: gloo waits for them.
+            place = {"store": dist.PrefixStore(f"attempt {attempt}", next(rendezvous(dist_url, rank, world_size))[0])}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", world_size=world_size, rank=rank, **place)
     return Process(rank, world_size, local_rank, device)
 
 

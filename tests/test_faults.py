@@ -463,7 +463,7 @@ def test_collapse_signs_equal_plain_ones():
     module.center.normal_(), module.center2.normal_()
     G, B = 2, 3
     s_cls, s_patch, t_cls, t_patch = (torch.randn(n, 8, dtype=torch.float64) for n in (G * B, 5, G * B, 5))
-    weight = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.0]).double()
+    weight = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.0], dtype=torch.float64)
     losses = module(s_cls, s_patch, t_cls, t_patch, None, weight, G, 0)
     signs = module.collapse_signs(t_cls, t_patch, weight, losses, 0)
     p = ((t_cls - module.center) / 0.05).softmax(-1)
