@@ -522,7 +522,7 @@ def pretrain(args, signals):
 
     # ============ training ============
     start_time, saved_at = time.time(), time.monotonic()
-    bad_before = set(progress["bad"])
+    bad_before, warned = set(progress["bad"]), set()
 
     def wanted():
         """What this process wants before the next batch: STOP, SAVE or nothing."""
@@ -559,8 +559,9 @@ def pretrain(args, signals):
         if main_process:
             write_logs(output_dir, epoch, stats, writer, bad)
             print(f"epoch {epoch} done: " + "  ".join(f"{k} {v:.4g}" for k, v in stats.items()))
-            for line in collapse_warnings(stats, args.out_dim, ibot_loss.center2.shape[-1], schedules["temp"][epoch]):
-                print(f"warning: {line}")
+            signs = collapse_warnings(stats, args.out_dim, ibot_loss.center2.shape[-1], schedules["temp"][epoch])
+            print("".join(f"warning: {text}\n" for name, text in signs.items() if name not in warned), end="")
+            warned = signs.keys()
             if bad:
                 print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(bad[:10])}; all: "
                       f"{output_dir / BAD_IMAGES}")
@@ -820,20 +821,19 @@ def write_logs(output_dir, epoch, stats, writer, bad):
 
 
 def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
-    """Sentences about signs of collapse in the means of an epoch (see `iBOTLoss.collapse_signs`)."""
-    found = []
-    for what, K in (("cls", out_dim), ("patch", patch_out_dim)):
-        name = {"cls": "[CLS]", "patch": "patch"}[what]
-        entropy, used = stats.get(f"{what}_entropy"), stats.get(f"{what}_used")
+    """{sign: sentence} for the signs of collapse in the means of an epoch (see `iBOTLoss.collapse_signs`)."""
+    found = {}
+    for what, name, K in (("cls", "[CLS]", out_dim), ("patch", "patch", patch_out_dim)):
+        entropy, used = (stats.get(f"{what}_{sign}") for sign in ("entropy", "used"))
         if entropy is not None and entropy > 0.999 * math.log(K):
-            found.append(f"the {name} targets are all but uniform (entropy {entropy:.3f} of at most {math.log(K):.3f}): "
-                         "they teach nothing; a lower teacher temperature sharpens them")
+            found[f"{what}_entropy"] = (f"the {name} targets are all but uniform (entropy {entropy:.3f} of at most "
+                                        f"{math.log(K):.3f}): they teach nothing; a lower temperature sharpens them")
         if used is not None and used * K < 1.5:
-            found.append(f"the teacher puts everything into one of {K} {name} clusters; a faster centre or a higher "
-                         "teacher temperature spreads them")
+            found[f"{what}_used"] = (f"the teacher puts everything into one of {K} {name} clusters; a faster centre or a "
+                                     "higher teacher temperature spreads them")
     if stats.get("cls_std", math.inf) < 0.01 * teacher_temp:
-        found.append("the teacher's [CLS] outputs hardly differ between images (standard deviation "
-                     f"{stats['cls_std']:.2g})")
+        found["cls_std"] = ("the teacher's [CLS] outputs hardly differ between images (standard deviation "
+                            f"{stats['cls_std']:.2g})")
     return found
 
 

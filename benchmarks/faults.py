@@ -1,0 +1,210 @@
+"""Faults on purpose: a pre-training run is stopped at random moments and started again by the same command; its end must
+be, bit for bit, that of the run which nobody disturbed.
+
+    python benchmarks/faults.py --trials 50                             # kill -9, 50 times
+    python benchmarks/faults.py --trials 10 --fault term corrupt process disk
+
+Faults: `kill` and `term` send SIGKILL and SIGTERM; `corrupt` kills, then truncates the newest checkpoint or flips a byte of
+it; `process` kills one of two processes; `disk` gives the first run a file system without room for a second checkpoint (a
+tmpfs as root, a limited file size otherwise). Prints trials, kills during a save (a half-written file was left), and
+differences. CPU only; scikit-learn's digits, a checkpoint after every update.
+"""
+import argparse
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import utils
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ["main_ibot.py", "--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_size", "16",
+       "--local_crops_number", "2", "--out_dim", "64", "--shared_head", "true", "--head_hidden_dim", "64", "--device", "cpu",
+       "--epochs", "3", "--drop_path", "0.2", "--print_freq", "2", "--num_workers", "2",
+       "--save_every_steps", "1", "--load_from", "auto", "--lr", "0.01", "--pred_ratio", "0", "0.3", "--pred_ratio_var", "0", "0.2"]
+FAULTS = ("kill", "term", "corrupt", "process", "disk")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", default=10, type=int, help="of each fault")
+    parser.add_argument("--fault", default=["kill"], nargs="+", choices=FAULTS)
+    parser.add_argument("--seed", default=0, type=int, help="of the moments")
+    return parser.parse_args()
+
+
+def write_digits(folder, count=120):
+    data = load_digits()
+    for i in range(count):
+        path = folder / str(data.target[i]) / f"{i:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((data.images[i] * 15).astype(np.uint8)).resize((32, 32)).save(path)
+
+
+def start(data, output, processes, preexec=None):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    batch = ["--batch_size_per_gpu", str(16 // processes)]
+    words = [sys.executable, *launcher, *RUN, *batch, "--data_path", data, "--output_dir", output]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=preexec,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_until_training(process):
+    """Seconds are counted from here."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("starting at epoch"):
+            return
+    raise RuntimeError("the run did not start:\n" + "".join(lines))
+
+
+def finish(process):
+    output = process.communicate(timeout=600)[0]
+    if process.returncode:
+        raise RuntimeError(f"a run that nobody disturbed ended with code {process.returncode}:\n{output}")
+    return output
+
+
+def children(process):
+    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in out.split()]
+
+
+def differences(a, b):
+    """Names of what differs between the ends of two runs: entries of checkpoints, lines of logs."""
+    found = [] if (a / "log.txt").read_text() == (b / "log.txt").read_text() else ["log.txt"]
+
+    def walk(name, x, y):
+        if type(x) is not type(y):
+            found.append(name)
+        elif isinstance(x, dict):
+            found.extend(f"{name}.{key}" for key in x.keys() ^ y.keys())
+            for key in x.keys() & y.keys():
+                walk(f"{name}.{key}", x[key], y[key])
+        elif isinstance(x, (list, tuple)):
+            found.extend([name] * (len(x) != len(y)))
+            for i, (v, w) in enumerate(zip(x, y, strict=False)):
+                walk(f"{name}.{i}", v, w)
+        elif not (torch.equal(x, y) if torch.is_tensor(x) else x == y):
+            found.append(name)
+    one, two = (utils.load_checkpoint(folder / "checkpoint.pth") for folder in (a, b))
+    del one["args"], two["args"]  # the output folder
+    walk("checkpoint", one, two)
+    return found
+
+
+def disturb(fault, process, output, seconds, rng, notes):
+    """Let `fault` happen within `seconds` of training; returns when the run has ended."""
+    time.sleep(rng.uniform(0, seconds))
+    if process.poll() is not None:
+        notes["over before"] += 1
+    elif fault == "term":
+        process.send_signal(signal.SIGTERM)
+    elif fault == "process":
+        os.kill(rng.choice(children(process)), signal.SIGKILL)
+    else:
+        process.kill()
+    since = time.monotonic()
+    process.communicate(timeout=120)
+    notes["slowest end, s"] = max(notes["slowest end, s"], round(time.monotonic() - since, 1))
+    if fault == "term" and process.returncode not in (0, utils.EXIT_PREEMPTED):
+        notes["wrong exit codes"] += 1
+    if list(output.glob(".checkpoint*")):
+        notes["during a save"] += 1
+    newest = output / "checkpoint.pth"
+    if fault == "corrupt" and newest.exists() and (output / "checkpoint_previous.pth").exists():
+        data = bytearray(newest.read_bytes())
+        if rng.random() < 0.5:
+            del data[rng.randrange(len(data)):]
+        else:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        newest.unlink()  # not in place: the previous one may be the same file by another name
+        newest.write_bytes(data)
+        notes["corrupted"] += 1
+
+
+def small_disk(folder, size):
+    """(function for the child process, undo): `folder` has room for `size` bytes, or no file grows beyond."""
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode == 0
+    if mounted:
+        return None, lambda: subprocess.run(["umount", folder], check=True)
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)), lambda: None
+
+
+def run_trial(fault, data, whole, folder, seconds, rng, notes):
+    """One disturbed run; returns what differs at its end."""
+    output, processes = folder / "run", 2 if fault == "process" else 1
+    if fault == "disk":
+        size = int((whole / "checkpoint.pth").stat().st_size * rng.uniform(0.3, 3.5))  # for no checkpoint to three
+        limit, undo = small_disk(output, size)
+        process = start(data, output, 1, limit)
+        text = process.communicate(timeout=600)[0]
+        notes["saves that failed"] += text.count("could not be written")
+        notes["runs with such"] += "could not be written" in text
+        notes["wrong exit codes"] += process.returncode != 0
+        kept = folder / "kept"
+        kept.mkdir()
+        for path in output.iterdir():  # the folder moves to a larger disk
+            if path.is_file():
+                (kept / path.name).write_bytes(path.read_bytes())
+        notes["half files"] += len(list(kept.glob(".checkpoint*")))
+        for path in kept.glob("*.pth"):
+            utils.load_checkpoint(path)  # raises if it is no good
+        undo()
+        output = kept
+    else:
+        process = start(data, output, processes)
+        wait_until_training(process)
+        disturb(fault, process, output, seconds, rng, notes)
+    finish(start(data, output, processes))
+    return differences(whole, output)
+
+
+def main():
+    args = get_args()
+    rng = random.Random(args.seed)
+    failed = False
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["XDG_CACHE_HOME"] = temporary
+        data, whole, seconds = folder / "data", {}, {}
+        write_digits(data)
+        print(f"torch {torch.__version__}, CPU; {args.trials} trials of each fault", flush=True)
+        for fault in args.fault:
+            processes = 2 if fault == "process" else 1
+            if processes not in whole:
+                whole[processes] = folder / f"whole{processes}"
+                process = start(data, whole[processes], processes)
+                wait_until_training(process)
+                since = time.monotonic()
+                finish(process)
+                seconds[processes] = time.monotonic() - since
+            notes, lost = Counter(), Counter()
+            for trial in range(args.trials):
+                place = folder / f"{fault}{trial}"
+                place.mkdir()
+                for name in run_trial(fault, data, whole[processes], place, seconds[processes], rng, notes):
+                    lost[name] += 1
+            print(f"{fault}: {args.trials} trials, " + "".join(f"{name}: {n}, " for name, n in sorted(notes.items()))
+                  + (f"differences: {dict(lost)}" if lost else "no differences"), flush=True)
+            failed |= bool(lost)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
