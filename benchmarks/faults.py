@@ -31,9 +31,10 @@ import utils
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["main_ibot.py", "--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_size", "16",
-       "--local_crops_number", "2", "--out_dim", "64", "--shared_head", "true", "--head_hidden_dim", "64", "--device", "cpu",
-       "--epochs", "3", "--drop_path", "0.2", "--print_freq", "2", "--num_workers", "2",
-       "--save_every_steps", "1", "--load_from", "auto", "--lr", "0.01", "--pred_ratio", "0", "0.3", "--pred_ratio_var", "0", "0.2"]
+       "--local_crops_number", "2", "--out_dim", "64", "--shared_head", "true", "--head_hidden_dim", "64",
+       "--device", "cpu", "--epochs", "3", "--drop_path", "0.2", "--print_freq", "2", "--num_workers", "2",
+       "--save_every_steps", "1", "--load_from", "auto", "--lr", "0.01", "--pred_ratio", "0", "0.3",
+       "--pred_ratio_var", "0", "0.2"]
 FAULTS = ("kill", "term", "corrupt", "process", "disk")
 
 
@@ -57,7 +58,8 @@ def start(data, output, processes, preexec=None):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     batch = ["--batch_size_per_gpu", str(16 // processes)]
     words = [sys.executable, *launcher, *RUN, *batch, "--data_path", data, "--output_dir", output]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=preexec,
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=preexec,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
