@@ -1,4 +1,5 @@
 """The frozen backbone that an evaluation looks at."""
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -12,8 +13,13 @@ RANDOM_SEED = 0  # the untrained baseline is one fixed network, the same in ever
 
 @dataclass(frozen=True)
 class EvaluatedBackbone:
-    """`model`: on the CPU, in evaluation mode, single precision, no gradients. Sizes in pixels (window: tokens)."""
+    """`model`: on the CPU, in evaluation mode, single precision, no gradients. Sizes in pixels (window: tokens).
+
+    `key`: the checkpoint's entry that it came from. `weights_hash`: sha256 of its names and tensors (see `weights_hash`).
+    """
     model: torch.nn.Module
+    key: str
+    weights_hash: str
     arch: str
     patch_size: int
     window_size: int
@@ -58,7 +64,17 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
         source = f"{key} of {weights}"
     if utils.is_main_process():
         print(f"backbone {arch}, {sizes}, images of {image_size} pixels: {source}", flush=True)
-    return EvaluatedBackbone(model.float().eval().requires_grad_(False), arch, patch_size, window_size, image_size)
+    model = model.float().eval().requires_grad_(False)
+    return EvaluatedBackbone(model, key, weights_hash(model), arch, patch_size, window_size, image_size)
+
+
+def weights_hash(model):
+    """sha256 of the names, shapes and contents of a network's tensors: the same whichever file they come from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _trained_image_size(state, arch, patch_size, weights):
