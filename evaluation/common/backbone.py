@@ -1,6 +1,7 @@
 """The frozen backbone that an evaluation looks at."""
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -26,16 +27,23 @@ class EvaluatedBackbone:
     image_size: int
 
 
-def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_size=None, image_size=None):
-    """Build the backbone of a checkpoint and load its entry `key`.
-
-    Settings that are None are those of the checkpoint's own `args`, else vit_small, 16, 7 and 224. The word `random` as
-    `weights` gives an untrained network. Raises InputError for a missing file or key and for weights that do not fit.
-    """
+def read_weights(weights):
+    """Content of the file `weights`; of the word `random`, an empty dictionary. Raises InputError where there is none."""
     if weights in ("", "download", "supervised"):
         raise utils.InputError(f"--pretrained_weights {weights!r}: nothing is downloaded; give a file, or random")
-    checkpoint = {} if weights == "random" else utils.load_checkpoint(weights)
-    state = None if weights == "random" else utils.backbone_state_dict(checkpoint, key, weights)
+    return {} if weights == "random" else utils.load_checkpoint(weights)
+
+
+def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_size=None, image_size=None, checkpoint=None):
+    """Build the backbone of a checkpoint and load its entry `key`.
+
+    Reads what this project and the reference write, DINO's checkpoints and backbones, extracted backbones and timm's
+    ViT and Swin weights. Settings that are None are those of the checkpoint's own `args`, else vit_small, 16, 7 and 224.
+    The word `random` as `weights` gives an untrained network. `checkpoint`: content of the file, if it is read already.
+    Raises InputError for a missing file or key and for weights that do not fit, with what is missing.
+    """
+    checkpoint = read_weights(weights) if checkpoint is None else checkpoint
+    state = None if weights == "random" else _reference_names(utils.backbone_state_dict(checkpoint, key, weights))
 
     stored = checkpoint.get("args")
     stored = stored if isinstance(stored, dict) else vars(stored) if hasattr(stored, "__dict__") else {}
@@ -58,9 +66,12 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
             model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=image_size)
         source = f"untrained, random weights (seed {RANDOM_SEED})"
     else:
-        trained_size = 224 if is_swin else _trained_image_size(state, arch, patch_size, weights)
+        trained_size = 224 if is_swin else _trained_image_size(state, patch_size, weights)
         model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=trained_size)
-        utils.load_backbone(model, state, weights)
+        try:
+            utils.load_backbone(model, state, weights)
+        except utils.InputError as error:
+            raise utils.InputError(f"{error} (the network is {arch}, {sizes}; see --arch)") from error
         source = f"{key} of {weights}"
     if utils.is_main_process():
         print(f"backbone {arch}, {sizes}, images of {image_size} pixels: {source}", flush=True)
@@ -77,11 +88,20 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-def _trained_image_size(state, arch, patch_size, weights):
-    """Side in pixels of the images that a ViT's position embedding was made for."""
+def _reference_names(state):
+    """timm's names of Swin weights to the reference's: there, patch merging belongs to the stage that it ends."""
+    merging = re.compile(r"^layers\.(\d+)\.downsample\.")
+    if any(merging.match(name)[1] == "0" for name in state if merging.match(name)):
+        return state
+    return {merging.sub(lambda match: f"layers.{int(match[1]) - 1}.downsample.", name): value
+            for name, value in state.items()}
+
+
+def _trained_image_size(state, patch_size, weights):
+    """Side in pixels of the images that a ViT's position embedding was made for; any, if the weights are no ViT's."""
     positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     if positions is None or positions.ndim != 3 or patches is None or patches.ndim != 4:
-        raise utils.InputError(f"checkpoint {weights} does not fit {arch}: it is no ViT (pos_embed); see --arch")
+        return patch_size  # loading will say what is missing
     if patches.shape[-1] != patch_size:
         raise utils.InputError(f"checkpoint {weights} has patches of {patches.shape[-1]} pixels, not {patch_size}; "
                                "see --patch_size")
