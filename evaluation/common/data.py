@@ -168,6 +168,9 @@ def _from_folders(dataset, root, download):
     if download:
         for name in names:
             torchvision.datasets.INaturalist(root, version=name, download=True)
+    for name in names:
+        if dataset != "imagefolder" and not (root / name).is_dir():
+            raise FileNotFoundError(f"no {name}/")
     train, val = (CheckedImageFolder(root / name) for name in names)
     _renumber(train, val)
     return [(part.samples, part.targets, part.classes) for part in (train, val)]
