@@ -1,6 +1,7 @@
 """Features that are kept and used again, the same from one process and from two; weights of other projects and libraries."""
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from shutil import copytree
@@ -15,10 +16,12 @@ from torch import multiprocessing
 import extract_backbone_weights
 import models
 import utils
+from evaluation import eval_knn, eval_logistic_regression
 from evaluation.common import features as module
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import eval_transform, image_sets
 from evaluation.common.features import frozen_features, pool_features
+from evaluation.unsupervised import unsup_cls
 from models.head import iBOTHead
 
 ALONE = utils.Process(0, 1, 0, torch.device("cpu"))
@@ -34,11 +37,12 @@ def nano(seed=0, **kwargs):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A file as pre-training writes it; teacher and student differ."""
+    """A file as pre-training writes it; the backbones of teacher and student differ."""
     path = tmp_path_factory.mktemp("job") / "checkpoint.pth"
-    torch.save({"teacher": {f"backbone.{name}": value for name, value in nano(0).state_dict().items()},
-                "student": {f"module.backbone.{name}": value for name, value in nano(1, masked_im_modeling=True).state_dict().items()},
-                "args": argparse.Namespace(arch="vit_nano", patch_size=8, global_crops_size=32), "epoch": 1}, path)
+    backbones, head = (nano(0).state_dict(), nano(1, masked_im_modeling=True).state_dict()), iBOTHead(96, 12, shared_head=True)
+    teacher, student = ({f"backbone.{name}": value for name, value in backbone.items()} |
+                        {f"head.{name}": value for name, value in head.state_dict().items()} for backbone in backbones)
+    torch.save({"teacher": teacher, "student": {f"module.{name}": value for name, value in student.items()}, "args": argparse.Namespace(arch="vit_nano", patch_size=8, global_crops_size=32), "epoch": 1}, path)
     return path
 
 
@@ -63,13 +67,20 @@ def share(rank, world_size, checkpoint, digits, folder):
             features, labels = frozen_features(backbone, part, process, 2, 2, 7, 0, f"{folder}/kept", f"{folder}/kept")
             assert (features is None) == (labels is None) == (rank > 0)
             found[f"{part.name} {number}"] = features
-    if rank == 0:
-        torch.save(found, f"{folder}/{world_size}.pth")
     if world_size > 1:
         dist.destroy_process_group()
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    for number, (script, *words) in enumerate(((eval_knn, "--nb_knn", "1", "9"), (eval_logistic_regression,), (unsup_cls,))):
+        sys.argv = ["", "--pretrained_weights", str(checkpoint), "--checkpoint_key", "student,teacher", "--data_path", str(digits),
+                    "--train_subset", f"{digits}/list.txt", "--batch_size_per_gpu", "7", "--num_workers", "0", "--device", "cpu",
+                    "--output_dir", folder, "--dist_url", f"file://{folder}/rendezvous{number}", *words]
+        utils.run(script.main)
+    if rank == 0:
+        torch.save(found, f"{folder}/{world_size}.pth")
 
 
-def test_two_processes_equal_one_and_a_plain_loop(checkpoint, backbone, digits, tmp_path):
+def test_two_processes_equal_one_and_a_plain_loop(checkpoint, backbone, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
     copytree(digits, tmp_path / "data")
     digits = tmp_path / "data"
     sets = image_sets("imagefolder", digits)
@@ -87,6 +98,14 @@ def test_two_processes_equal_one_and_a_plain_loop(checkpoint, backbone, digits, 
         for found in (one, two):
             assert torch.equal(found[f"{part.name} 1"], found[f"{part.name} 2"])
             torch.testing.assert_close(found[f"{part.name} 1"], plain, atol=1e-5, rtol=1e-5)
+    records = [json.loads((tmp_path / n / "results.json").read_text()) for n in "12"]
+    assert [(record["protocol"], record["key"]) for record in records[0]] == [
+        (protocol, key) for protocol in ("knn", "logistic", "unsupervised") for key in ("student", "teacher")]
+    for one, two in zip(*records, strict=True):
+        for name, values in one["metrics"].items():
+            assert two["metrics"][name] == pytest.approx(values, rel=1e-6, abs=1e-9)
+        assert one["settings"] == two["settings"] and one["settings"]["train_images"] == 59
+    assert records[0][0]["settings"]["weights_hash"] != records[0][1]["settings"]["weights_hash"]
 
 
 def test_own_transform_of_the_images_has_no_say(backbone, digits):
