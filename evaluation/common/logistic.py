@@ -2,23 +2,27 @@
 
 Letters: n images, F feature size, K classes.
 """
+import math
+
 import torch
 
 MAX_BLOCK = 64_000_000  # values of the largest intermediate: 256 MB in single precision
 LOOK = 20  # iterations between two looks at the bound
 
 
-def loss_and_gradient(weights, features, labels, penalty, max_block=MAX_BLOCK):
+def loss_and_gradient(weights, features, labels, penalty, dtype=None, max_block=MAX_BLOCK):
     """Value and gradient [F, K] of: mean cross-entropy of features @ weights, plus penalty / 2 |weights|^2.
 
-    features [n, F], labels int64 [n] and weights [F, K] are on one device. Products are taken in the precision of the
-    features, on blocks of rows that keep the logits below `max_block` values; sums in that of the weights.
+    features [n, F], labels int64 [n] and weights [F, K] are on one device. Products are taken in `dtype`, by default that
+    of the features, on blocks of rows that keep the logits below `max_block` values; sums in that of the weights.
     """
     n, K = len(features), weights.shape[1]
-    W = weights.to(features.dtype)
+    dtype = dtype or features.dtype
+    W = weights.to(dtype)
     loss, gradient = weights.new_zeros(()), penalty * weights
     rows = max(1, max_block // K)
     for x, y in zip(features.split(rows), labels.split(rows), strict=True):
+        x = x.to(dtype)
         log_p = torch.log_softmax(x @ W, dim=1)  # [rows, K]
         loss -= log_p.gather(1, y[:, None]).sum(dtype=weights.dtype)
         residual = log_p.exp_().scatter_add_(1, y[:, None], log_p.new_full((len(y), 1), -1.0))
@@ -31,7 +35,8 @@ def fit_logistic(features, labels, num_classes, penalty, start=None, tolerance=1
     """Minimise `loss_and_gradient` over the weights, from `start` [F, K] (zeros by default); there is no intercept.
 
     The objective is `penalty`-strongly convex, hence at most |gradient|^2 / (2 penalty) above its minimum. The search
-    ends when that bound is below `tolerance` times the objective, or after `max_iter` iterations.
+    ends when that bound is below `tolerance` times the objective, after `max_iter` iterations, or when double precision
+    shows no further fall; it begins in the precision of the features.
 
     Returns (weights float64 [F, K], {"objective", "excess": the bound as a share of the objective, "iterations"}).
     """
@@ -42,25 +47,31 @@ def fit_logistic(features, labels, num_classes, penalty, start=None, tolerance=1
     scale = values.clamp(min=0) / num_classes + penalty
     A = vectors * scale.rsqrt() @ vectors.T
     V = covariance.new_zeros(len(A), num_classes) if start is None else vectors * scale.sqrt() @ (vectors.T @ start)
-    # LBFGS ignores curvatures below an absolute threshold, so it gets sums over the images, not means.
-    optimizer = torch.optim.LBFGS([V], max_iter=LOOK, tolerance_grad=0, tolerance_change=0, history_size=20,
-                                  line_search_fn="strong_wolfe")
-    last = {"V": None}
+    dtype, optimizer, last, before, iterations = features.dtype, None, {}, math.inf, 0
 
     def closure():
-        if last["V"] is None or not torch.equal(V, last["V"]):
-            loss, gradient = loss_and_gradient(A @ V, features, labels, penalty, max_block)
+        if not last or not torch.equal(V, last["V"]):
+            loss, gradient = loss_and_gradient(A @ V, features, labels, penalty, dtype, max_block)
             last.update(V=V.clone(), loss=loss, gradient=gradient)
+        # LBFGS ignores curvatures below an absolute threshold, so it gets sums over the images, not means.
         V.grad = n * (A @ last["gradient"])
         return n * last["loss"]
 
-    iterations = 0
     while True:
         closure()
         objective = last["loss"].item()
         excess = last["gradient"].square().sum().item() / (2 * penalty * objective)
-        if excess <= tolerance or iterations >= max_iter:
+        stalled = before - objective <= 4 * torch.finfo(dtype).eps * objective
+        if excess <= tolerance or iterations >= max_iter or stalled and dtype == torch.float64:
             return A @ V, {"objective": objective, "excess": excess, "iterations": iterations}
+        if stalled:  # in the rounding of the products
+            dtype, before, optimizer = torch.float64, math.inf, None
+            last.clear()
+            continue
+        if optimizer is None:
+            optimizer = torch.optim.LBFGS([V], max_iter=LOOK, tolerance_grad=0, tolerance_change=0, history_size=20,
+                                          line_search_fn="strong_wolfe")
+        before = objective
         optimizer.step(closure)
         iterations += LOOK
 
