@@ -7,6 +7,7 @@
 Writes `log.txt`, `checkpoint_KEY_linear.pth` (best) and `checkpoint_KEY_linear_last.pth` into the output folder, with
 several keys into a folder of each there. `eval_linear_multi.py` finds the learning rate.
 """
+import math
 import sys
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    if not args.lr > 0:
-        raise utils.InputError(f"--lr {args.lr}: must be above 0")
+    if not 0 < args.lr < math.inf:
+        raise utils.InputError(f"--lr {args.lr}: must be a number above 0")
     run_probe(args, [HeadConfig(args.lr)], "linear_solo")
 
 

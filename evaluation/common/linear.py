@@ -92,7 +92,7 @@ class LinearHeads:
         """[B, F] -> [h, C, B] of the h heads in `part`: with the images innermost all is vectorised however few classes."""
         h, C, F = self.weight[part].shape
         logits = torch.addmm(self.bias[part].view(h * C, 1), self.weight[part].view(h * C, F), features.T)
-        return torch.log_softmax(logits.view(h, C, -1), dim=1)
+        return torch.log_softmax(logits.view(h, C, len(features)), dim=1)
 
     @torch.no_grad()
     def step(self, features, labels, rate_scale):
@@ -199,7 +199,7 @@ class ShareOfBatches:
 
 
 def gather_shares(tensor, total, process):
-    """The shares [b, ...] of a batch of `total` rows, dealt out by `ShareOfBatches`, as [total, ...] in the batch's order."""
+    """The shares [b, ...] that `ShareOfBatches` dealt of a batch of `total` rows, as [total, ...] in the batch's order."""
     W = process.world_size
     if W == 1:
         return tensor
@@ -459,12 +459,12 @@ def run_probe(args, configs, protocol):
 
 
 def train_epoch(heads, batches, rate_scale, report):
-    """Step through the batches; mean losses [H] over the images. Calls `report(images so far, mean losses)` each step."""
+    """Step through the batches; mean losses [H] over the images. Each step calls `report(images so far, summed losses)`."""
     sums, count = 0, 0
     for features, labels in batches:
         sums += heads.step(features, labels, rate_scale) * len(labels)
         count += len(labels)
-        report(count, sums / count)
+        report(count, sums)
     return sums / count
 
 
@@ -481,10 +481,10 @@ class Progress:
         left = ((self.epochs - self.start) * self.n - done) * seconds / done
         return f"{done / seconds:.1f} images/s  eta {utils.eta_string(left)}"
 
-    def report(self, epoch, count, losses):
+    def report(self, epoch, count, sums):
         if time.time() - self.said > 10:
             self.said = time.time()
-            loss = f"  loss {losses.min().item():.4f}" if len(losses) else ""  # this process may have no head
+            loss = f"  loss {sums.min().item() / count:.4f}" if len(sums) else ""  # this process may have no head
             print(f"epoch {epoch}/{self.epochs} [{count}/{self.n}]{loss}  {self.speed(epoch, count)}", flush=True)
 
 
