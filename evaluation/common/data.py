@@ -128,7 +128,8 @@ def image_sets(dataset, data_path=None, train_transform=None, val_transform=None
     train, val = (ImageSet(f"{dataset} {name}", root, *part, transform) for name, part, transform
                   in zip(("train", "val"), parts, (train_transform, val_transform), strict=True))
     if train_subset is not None:
-        train = train.select(subset_places(train, train_subset, subset_seed), f"{train.name} subset {Path(train_subset).name}")
+        train = train.select(subset_places(train, train_subset, subset_seed),
+                             f"{train.name} subset {Path(train_subset).name}")
     return train, val
 
 

@@ -57,6 +57,8 @@ def evaluate(args, key, backbone, head, sets, features, device):
 
 def main():
     args = get_args_parser().parse_args()
+    if "head" in args.clusters and args.pretrained_weights == "random":
+        raise utils.InputError("--clusters head: random weights have no projection head; use --clusters kmeans")
     if "head" in args.clusters and (args.n_last_blocks, args.avgpool_patchtokens) != (1, 0):
         raise utils.InputError("--clusters head: the head reads the last [CLS] token, "
                                "so --n_last_blocks must be 1 and --avgpool_patchtokens 0")
