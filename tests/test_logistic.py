@@ -61,6 +61,7 @@ def test_bound_holds_along_the_way(data):
         assert fit["iterations"] == limit
         assert fit["objective"] == pytest.approx(objective(weights, *data, 1e-5).item(), rel=1e-9)
         assert -1e-9 <= fit["objective"] - best <= fit["excess"] * fit["objective"]
+        assert limit == 0 or fit["objective"] - best <= fit["excess"] * (np.log(10) - fit["objective"])
         seen.append(fit["objective"])
     assert seen == sorted(seen, reverse=True) and seen[0] == pytest.approx(np.log(10))  # from zero weights
 
@@ -96,6 +97,16 @@ def test_large_lambda_is_the_rule_of_class_means(data):
     sums = torch.stack([features[labels == c].sum(dim=0) for c in range(10)], dim=1)
     expected = (sums / len(labels) - features.mean(dim=0)[:, None] / 10) / 100
     torch.testing.assert_close(weights, expected, atol=1e-2 * expected.abs().max().item(), rtol=0)
+
+
+    # At the default tolerance the weights are tiny, but not zero: they classify like that rule.
+    weights, fit = fit_logistic(features.float(), labels, 10, 100.0)
+    assert fit["iterations"] > 0 and (features @ weights).argmax(dim=1).tolist() == (features @ expected).argmax(dim=1).tolist()
+
+
+def test_one_class(data):
+    weights, fit = fit_logistic(data[0], torch.zeros(300, dtype=torch.int64), 1, 0.1)
+    assert weights.tolist() == 64 * [[0.0]] and fit == {"objective": 0, "excess": 0, "iterations": 0}
 
 
 def test_predictions(data):

@@ -7,7 +7,7 @@ import math
 import torch
 
 MAX_BLOCK = 64_000_000  # values of the largest intermediate: 256 MB in single precision
-LOOK = 20  # iterations between two looks at the bound
+LOOK = 10  # iterations between two looks at the bound
 
 
 def loss_and_gradient(weights, features, labels, penalty, dtype=None, max_block=MAX_BLOCK):
@@ -35,10 +35,12 @@ def fit_logistic(features, labels, num_classes, penalty, start=None, tolerance=1
     """Minimise `loss_and_gradient` over the weights, from `start` [F, K] (zeros by default); there is no intercept.
 
     The objective is `penalty`-strongly convex, hence at most |gradient|^2 / (2 penalty) above its minimum. The search
-    ends when that bound is below `tolerance` times the objective, after `max_iter` iterations, or when double precision
-    shows no further fall; it begins in the precision of the features.
+    ends when that bound is below `tolerance` times the objective and times its fall from zero weights (which is all there
+    is to see where a large penalty keeps the weights small), after `max_iter` iterations, or when double precision shows
+    no further fall; it begins in the precision of the features.
 
-    Returns (weights float64 [F, K], {"objective", "excess": the bound as a share of the objective, "iterations"}).
+    Returns (weights float64 [F, K], {"objective", "excess": the bound as a share of the smaller of the two,
+    "iterations"}).
     """
     n = len(features)
     covariance = sum(x.T.double() @ x.double() for x in features.split(max(1, max_block // features.shape[1]))) / n
@@ -60,7 +62,9 @@ def fit_logistic(features, labels, num_classes, penalty, start=None, tolerance=1
     while True:
         closure()
         objective = last["loss"].item()
-        excess = last["gradient"].square().sum().item() / (2 * penalty * objective)
+        bound = last["gradient"].square().sum().item() / (2 * penalty)
+        smaller = min(objective, math.log(num_classes) - objective)
+        excess = bound / smaller if smaller > 0 else math.inf if bound else 0.0
         stalled = before - objective <= 4 * torch.finfo(dtype).eps * objective
         if excess <= tolerance or iterations >= max_iter or stalled and dtype == torch.float64:
             return A @ V, {"objective": objective, "excess": excess, "iterations": iterations}
