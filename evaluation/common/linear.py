@@ -110,7 +110,8 @@ class LinearHeads:
         gradient = self._log_probabilities(part, features)  # becomes that of the sum over the batch by the logits
         target = labels.expand(h, 1, B)
         losses = -gradient.gather(1, target).mean(dim=(1, 2))
-        gradient.exp_().scatter_add_(1, target, gradient.new_full((), -1.0).expand(h, 1, B))
+        # Probabilities below 1e-26 move no weight, but those below 1e-38 are denormal numbers, on which CPUs are slow.
+        gradient.clamp_(min=-60).exp_().scatter_add_(1, target, gradient.new_full((), -1.0).expand(h, 1, B))
         bias_gradient = gradient.sum(dim=2) / B
         gradient = gradient.view(h * C, B)
         if self.plain:
