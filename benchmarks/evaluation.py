@@ -4,7 +4,7 @@
     python benchmarks/evaluation.py --parts heads --classes 10 1000 --batch 1024
     python benchmarks/evaluation.py --parts crops features --arch vit_tiny --images 128
 
-    heads     an epoch of linear probing on kept features: 45 heads at once, one head, and one as a plain torch module
+    heads     an epoch of linear probing on kept features: 45 heads at once, one head, and both as plain torch modules
     commands  the same as whole commands on handwritten digits, features read from their folder
     crops     an epoch of it on random crops of images, the default: 45 heads at once against one
     knn       weighted votes of the nearest neighbours, against scikit-learn's brute force
@@ -106,17 +106,22 @@ def measure_heads(args, classes, device):
         return kept_batches(features, labels, order, args.batch, device)
 
     sweep, one = (LinearHeads(configs, args.dim, classes, device=device) for configs in (sweep_configs(), ONE))
-    linear = torch.nn.Linear(args.dim, classes).to(device)
-    optimizer = torch.optim.SGD(linear.parameters(), 0.1, momentum=0.9)
+    modules = []
+    for config in sweep_configs():
+        linear = torch.nn.Linear(args.dim, classes).to(device)
+        modules.append((linear, torch.optim.SGD(linear.parameters(), config.lr, momentum=0.9)))
 
-    def plain():
+    def plain(modules):
         for x, y in batches():
-            optimizer.zero_grad()
-            F.cross_entropy(linear(x), y).backward()
-            optimizer.step()
+            for linear, optimizer in modules:
+                optimizer.zero_grad()
+                F.cross_entropy(linear(x), y).backward()
+                optimizer.step()
 
     seconds = alternate({"45 heads": lambda: train_epoch(sweep, batches(), 1.0, silent),
-                         "one head": lambda: train_epoch(one, batches(), 1.0, silent), "one torch module": plain},
+                         "one head": lambda: train_epoch(one, batches(), 1.0, silent),
+                         "45 torch modules in turn": lambda: plain(modules),
+                         "one torch module": lambda: plain(modules[27:28])},  # of rate 0.1 too
                         args.rounds, device)
     report(f"heads: {args.steps} steps of {args.batch} kept features of {args.dim}, {classes} classes",
            seconds, len(features), "images", "one head")

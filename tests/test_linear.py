@@ -332,6 +332,28 @@ def test_resuming_equals_an_uninterrupted_run(probe, script, words, tmp_path, mo
     assert "nothing to do" in output and f"best: top-1 {whole['best_acc']:.2f} %" in output
 
 
+def test_a_file_of_the_reference_is_resumed(probe, tmp_path, monkeypatch):
+    """Its entries alone, optimiser and schedule as torch writes them."""
+    states, original = [], utils.save_atomically
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "save_atomically", lambda state, path: (original(state, path), states.append(read(path))))
+        probe(eval_linear, tmp_path, "--lr", 1)
+    state = next(state for state in states if state["epoch"] == 2)
+    whole = read(tmp_path / "checkpoint_teacher_linear_last.pth")
+    linear = torch.nn.Linear(384, 10)
+    optimizer = torch.optim.SGD(linear.parameters(), 1.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    torch.save({"epoch": state["epoch"], "state_dict": state["state_dict"], "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(), "best_acc": state["best_acc"]}, tmp_path / "reference.pth")
+    output = probe(eval_linear, tmp_path, "--lr", 1, "--load_from", "reference.pth")
+    assert "starting at epoch 2 of 3" in output
+    again = read(tmp_path / "checkpoint_teacher_linear_last.pth")
+    assert all(torch.equal(value, again["state_dict"][name]) for name, value in whole["state_dict"].items())
+    assert again["best_acc"] == whole["best_acc"]
+
+
 PARTS = {"augmented": ("multi", ["--augment", "true"]), "kept": ("multi", ["--augment", "false"]), "solo": ("solo", [])}
 
 
