@@ -73,7 +73,7 @@ def share(rank, world_size, checkpoint, digits, folder):
     for number, (script, *words) in enumerate(((eval_knn, "--nb_knn", "1", "9"), (eval_logistic_regression,), (unsup_cls,))):
         sys.argv = ["", "--pretrained_weights", str(checkpoint), "--checkpoint_key", "student,teacher", "--data_path", str(digits),
                     "--train_subset", f"{digits}/list.txt", "--batch_size_per_gpu", "7", "--num_workers", "0", "--device", "cpu",
-                    "--output_dir", folder, "--dist_url", f"file://{folder}/rendezvous{number}", *words]
+                    "--output_dir", folder, "--dump_features", f"{folder}/joined", "--load_features", f"{folder}/joined", "--dist_url", f"file://{folder}/rendezvous{number}", *words]
         utils.run(script.main)
     if rank == 0:
         torch.save(found, f"{folder}/{world_size}.pth")
