@@ -19,7 +19,7 @@ import utils
 from evaluation import eval_linear, eval_linear_multi
 from evaluation.common.data import eval_transform, image_sets
 from evaluation.common.features import feature_dim, pool_features
-from evaluation.common.linear import AugmentedImages, HeadConfig, LinearHeads, ShareOfBatches, epoch_order, sweep_configs
+from evaluation.common.linear import AugmentedImages, HeadConfig, LinearHeads, ShareOfBatches, best_head, epoch_order, sweep_configs
 
 # ---------------------------------------------------------------- the grid
 
@@ -145,6 +145,13 @@ def test_a_diverged_head_counts_as_wrong():
     scores = heads.evaluate(features, labels)
     assert math.isnan(scores[1, 0]) and scores[1, 1:].tolist() == [0, 0]
     assert math.isfinite(scores[0, 0]) and scores[0, 2] > 0
+
+
+def test_of_equally_good_heads_the_last_is_best():
+    configs = sweep_configs()[:4]
+    scores = [(1.0, 50.0, 80.0), (2.0, 60.0, 70.0), (9.0, 60.0, None), (0.5, 10.0, 90.0)]
+    assert best_head(scores, range(4), configs, 5) == {"top1": 60.0, "epoch": 5, "head": 2, "lr": 0.0003, "weight_decay": 0.0, "optimizer": "sgd"}
+    assert best_head(scores, [0, 1, 3], configs, 5)["head"] == 1
 
 
 # ---------------------------------------------------------------- images of an epoch
