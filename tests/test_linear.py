@@ -19,7 +19,15 @@ import utils
 from evaluation import eval_linear, eval_linear_multi
 from evaluation.common.data import eval_transform, image_sets
 from evaluation.common.features import feature_dim, pool_features
-from evaluation.common.linear import AugmentedImages, HeadConfig, LinearHeads, ShareOfBatches, best_head, epoch_order, sweep_configs
+from evaluation.common.linear import (
+    AugmentedImages,
+    HeadConfig,
+    LinearHeads,
+    ShareOfBatches,
+    best_head,
+    epoch_order,
+    sweep_configs,
+)
 
 # ---------------------------------------------------------------- the grid
 
