@@ -244,7 +244,7 @@ def test_timm_weights(arch, timm_name, window, tmp_path):
     network = timm.create_model(timm_name, num_classes=10).eval()
     for parameter in network.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
-    images = torch.randn(2, 3, 224, 224)
+    images = torch.randn(1, 3, 224, 224)
     expected = network.forward_head(network.forward_features(images), pre_logits=True)
     torch.save(network.state_dict(), tmp_path / "a.pth")
     torch.save({"model": network.state_dict()}, tmp_path / "b.pth")

@@ -1,4 +1,4 @@
-"""k-NN evaluation: against plain definitions written here, over one and two processes, and on bad input."""
+"""k-NN evaluation: against plain definitions written here, and on bad input."""
 import argparse
 import json
 import sys
@@ -290,26 +290,26 @@ def test_results_are_appended(tmp_path):
 
 # ---------------------------------------------------------------- the script
 
-def test_two_processes_give_the_numbers_of_one(digits, checkpoint, vit, tmp_path, call, monkeypatch, capfd):
+def test_script_equals_the_definition(digits, checkpoint, vit, tmp_path, monkeypatch, capfd):
+    """Two processes: test_features.py."""
     arguments = ("--pretrained_weights", checkpoint, "--data_path", digits, "--batch_size_per_gpu", 9,
-                 "--nb_knn", 1, 5, 20, 200, "--checkpoint_key", "teacher,student", "--device", "cpu", "--num_workers", 0, "--output_dir")
-    monkeypatch.setattr(sys, "argv", ["eval_knn.py", *map(str, arguments), str(tmp_path / "1")])
+                 "--nb_knn", 1, 5, 20, 200, "--checkpoint_key", "teacher,student", "--device", "cpu", "--num_workers", 0,
+                 "--output_dir", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval_knn.py", *map(str, arguments)])
     eval_knn.main()
-    printed = capfd.readouterr().out, call("evaluation/eval_knn.py", *arguments, tmp_path / "2", processes=2).stdout
-    lines = [[line for line in text.splitlines() if "-NN" in line] for text in printed]
-    assert lines[0] == lines[1] and len(lines[0]) == 6  # two keys, three usable k
-    assert all("k = 200 left out" in text for text in printed)
+    printed = capfd.readouterr().out
+    assert sum("-NN" in line for line in printed.splitlines()) == 6  # two keys, three usable k
+    assert printed.count("k = 200 left out") == 1
 
-    records = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in "12"]
-    assert [[r["metrics"] for r in record] for record in records] == 2 * [[r["metrics"] for r in records[0]]]
-    assert [r["key"] for r in records[0]] == ["teacher", "student"]
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert [record["key"] for record in records] == ["teacher", "student"]
     train, val = image_folders(digits, 32)
     with torch.no_grad():
         features = [vit(torch.stack([image for image, _, _ in data])) for data in (train, val)]
     scores = knn_oracle(features[0], train.targets, features[1], 10, 5, 0.07)
     top1 = 100 * np.mean(scores.argmax(axis=1) == np.array(val.targets))
-    assert records[0][0]["metrics"]["5"]["top1"] == pytest.approx(top1)
-    assert f"teacher, 5-NN: top-1 {top1:.2f} %" in printed[0]
+    assert records[0]["metrics"]["5"]["top1"] == pytest.approx(top1)
+    assert f"teacher, 5-NN: top-1 {top1:.2f} %" in printed
 
 
 @pytest.mark.parametrize("changed, words", [
