@@ -119,7 +119,7 @@ def _trained_image_size(state, patch_size, weights):
     if positions is None or patches is None:
         return patch_size  # loading will say what is missing
     if positions.ndim != 3 or patches.ndim != 4:
-        raise utils.InputError(f"checkpoint {weights} is no ViT: its pos_embed or patch_embed.proj.weight has another shape")
+        raise utils.InputError(f"checkpoint {weights} is no ViT: pos_embed or patch_embed.proj.weight has another shape")
     if patches.shape[-1] != patch_size:
         raise utils.InputError(f"checkpoint {weights} has patches of {patches.shape[-1]} pixels, not {patch_size}; "
                                "see --patch_size")
