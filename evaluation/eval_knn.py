@@ -6,7 +6,7 @@
 
 `random` evaluates an untrained network.
 
-Reads DATA/train/CLASS/IMAGE and DATA/val/CLASS/IMAGE. Features come from all processes; the first one classifies.
+Features come from all processes; the first one classifies.
 """
 import sys
 from pathlib import Path
@@ -14,12 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from
-from evaluation.common.backbone import load_evaluated_backbone
-from evaluation.common.data import image_folders
-from evaluation.common.features import extract_features, feature_dim, pool_features, sharded_loader
+from evaluation.common.arguments import evaluation_parser, int_from
+from evaluation.common.data import image_sets
 from evaluation.common.knn import knn_classify, topk_accuracy, usable_ks
-from evaluation.common.results import append_result
+from evaluation.common.protocol import extract_features_of_keys, read_backbones
+from evaluation.common.results import append_result, shared_settings
 
 
 def get_args_parser():
@@ -32,29 +31,16 @@ def get_args_parser():
     return parser
 
 
-def evaluate(args, key, backbone, train, val, process):
-    """Extract, classify, print and record for one checkpoint key. Returns {k: (top-1, top-5)} in percent on rank 0."""
-    ks = usable_ks(args.nb_knn, len(train))
-    model = backbone.model.to(process.device)
-
-    def model_fn(images):
-        return pool_features(model, images, args.n_last_blocks, args.avgpool_patchtokens)
-
-    loaders = [sharded_loader(data, args.batch_size_per_gpu, args.num_workers, process) for data in (train, val)]
-    train_features, train_labels = extract_features(model_fn, loaders[0], process, "train")
-    test_features, test_labels = extract_features(model_fn, loaders[1], process, "val")
-    if process.rank > 0:
-        return None
-    predictions = knn_classify(train_features, train_labels, test_features, len(train.classes), ks, args.temperature,
-                               process.device if args.use_cuda else "cpu")
-    accuracy = {k: topk_accuracy(predictions[k], test_labels) for k in ks}
+def evaluate(args, key, backbone, sets, features, ks, device):
+    """Classify, print and record for one checkpoint key. Returns {k: (top-1, top-5)} in percent."""
+    train, val = sets
+    (train_features, train_labels), (val_features, val_labels) = features
+    predictions = knn_classify(train_features, train_labels, val_features, len(train.classes), ks, args.temperature, device)
+    accuracy = {k: topk_accuracy(ranked, val_labels) for k, ranked in predictions.items()}
     for k, (top1, top5) in accuracy.items():
         print(f"{key}, {k}-NN: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
     if args.output_dir:
-        settings = {"arch": backbone.arch, "patch_size": backbone.patch_size, "window_size": backbone.window_size,
-                    "image_size": backbone.image_size, "n_last_blocks": args.n_last_blocks,
-                    "avgpool_patchtokens": args.avgpool_patchtokens, "temperature": args.temperature,
-                    "data_path": args.data_path, "train_images": len(train), "val_images": len(val)}
+        settings = shared_settings(args, backbone, train, val) | {"temperature": args.temperature}
         append_result(args.output_dir, "knn", args.pretrained_weights, key, settings,
                       {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()})
     return accuracy
@@ -67,15 +53,14 @@ def main():
     process = utils.init_process(args.device, args.dist_url)
     if process.rank == 0:
         print(utils.describe_run(args, process), flush=True)
-    # Every key is read before the first is evaluated, so that a wrong one is not found hours later.
-    backbones = {key: load_evaluated_backbone(args.pretrained_weights, key, args.arch, args.patch_size,
-                                              args.window_size, args.image_size)
-                 for key in checkpoint_keys(args.pretrained_weights, args.checkpoint_key)}
-    for backbone in backbones.values():
-        feature_dim(backbone.model, args.n_last_blocks, args.avgpool_patchtokens)
-    train, val = image_folders(args.data_path, next(iter(backbones.values())).image_size)
-    for key, backbone in backbones.items():
-        evaluate(args, key, backbone, train, val, process)
+    backbones, _ = read_backbones(args)
+    sets = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
+                      download=args.download)
+    ks = usable_ks(args.nb_knn, len(sets[0]))
+    features = extract_features_of_keys(args, backbones, sets, process)
+    if process.rank == 0:
+        for key, backbone in backbones.items():
+            evaluate(args, key, backbone, sets, features[key], ks, process.device if args.use_cuda else "cpu")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""k-NN evaluation: against plain definitions written here, over one and two processes, and on bad input."""
+"""k-NN evaluation: against plain definitions written here, and on bad input."""
 import argparse
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 import utils
 from evaluation import eval_knn
+from evaluation.common import knn
 from evaluation.common.arguments import checkpoint_keys
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import eval_transform, image_folders
@@ -21,7 +21,6 @@ from evaluation.common.features import extract_features, feature_dim, pool_featu
 from evaluation.common.knn import knn_classify, topk_accuracy, usable_ks
 from evaluation.common.results import append_result
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAIN, VAL = 121, 41  # odd: two processes do not share them evenly
 ALONE = utils.Process(0, 1, 0, torch.device("cpu"))
 
@@ -53,6 +52,32 @@ def test_knn_equals_the_definition(num_classes):
         expected[np.take_along_axis(scores, expected, axis=1) == 0] = -1  # classes that no neighbour has
         assert predictions[k].tolist() == expected.tolist()
         assert torch.equal(predictions[k], chunked[k])  # neither chunks nor the features' scale matter
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the number of values of the largest tensor that an operation makes."""
+    values = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if torch.is_tensor(tensor) and not tensor._is_view():
+                self.values = max(self.values, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("max_block", [9, 40, 1000, 10**6])
+def test_blocks_bound_the_memory_and_change_nothing(max_block, monkeypatch):
+    torch.manual_seed(0)
+    train, tests, labels = torch.randn(700, 6), torch.randn(90, 6), torch.randint(3, (700,))
+    expected = {k: knn_oracle(train, labels.tolist(), tests, 3, k, 0.07).argmax(axis=1) for k in (1, 20)}
+    monkeypatch.setattr(knn, "TESTS", 30)
+    with LargestTensor() as largest:
+        predictions = knn_classify(train, labels, tests, 3, (1, 20), max_block=max_block)
+    for k, ranked in predictions.items():
+        assert ranked[:, 0].tolist() == expected[k].tolist()
+    # Beside the training features, a block of similarities, or neighbours of a chunk of tests twice over.
+    assert largest.values <= max(train.numel(), max_block, 2 * 20 * min(30, max(1, max_block // 3)))
 
 
 def test_two_neighbours_outvote_a_nearer_one_by_temperature():
@@ -265,31 +290,26 @@ def test_results_are_appended(tmp_path):
 
 # ---------------------------------------------------------------- the script
 
-def run_script(*arguments, launcher=()):
-    command = [sys.executable, *launcher, ROOT / "evaluation" / "eval_knn.py", "--device", "cpu", "--num_workers", 0]
-    return subprocess.run([str(word) for word in (*command, *arguments)], capture_output=True, text=True, timeout=120)
-
-
-def test_two_processes_give_the_numbers_of_one(digits, checkpoint, vit, tmp_path):
+def test_script_equals_the_definition(digits, checkpoint, vit, tmp_path, monkeypatch, capfd):
+    """Two processes: test_features.py."""
     arguments = ("--pretrained_weights", checkpoint, "--data_path", digits, "--batch_size_per_gpu", 9,
-                 "--nb_knn", 1, 5, 20, 200, "--checkpoint_key", "teacher,student", "--output_dir")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    runs = [run_script(*arguments, tmp_path / "1"), run_script(*arguments, tmp_path / "2", launcher=torchrun)]
-    assert [run.returncode for run in runs] == [0, 0], runs[-1].stderr
-    lines = [[line for line in run.stdout.splitlines() if "-NN" in line] for run in runs]
-    assert lines[0] == lines[1] and len(lines[0]) == 6  # two keys, three usable k
-    assert all("k = 200 left out" in run.stdout for run in runs)
+                 "--nb_knn", 1, 5, 20, 200, "--checkpoint_key", "teacher,student", "--device", "cpu", "--num_workers", 0,
+                 "--output_dir", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval_knn.py", *map(str, arguments)])
+    eval_knn.main()
+    printed = capfd.readouterr().out
+    assert sum("-NN" in line for line in printed.splitlines()) == 6  # two keys, three usable k
+    assert printed.count("k = 200 left out") == 1
 
-    records = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in "12"]
-    assert [[r["metrics"] for r in record] for record in records] == 2 * [[r["metrics"] for r in records[0]]]
-    assert [r["key"] for r in records[0]] == ["teacher", "student"]
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert [record["key"] for record in records] == ["teacher", "student"]
     train, val = image_folders(digits, 32)
     with torch.no_grad():
         features = [vit(torch.stack([image for image, _, _ in data])) for data in (train, val)]
     scores = knn_oracle(features[0], train.targets, features[1], 10, 5, 0.07)
     top1 = 100 * np.mean(scores.argmax(axis=1) == np.array(val.targets))
-    assert records[0][0]["metrics"]["5"]["top1"] == pytest.approx(top1)
-    assert f"teacher, 5-NN: top-1 {top1:.2f} %" in runs[0].stdout
+    assert records[0]["metrics"]["5"]["top1"] == pytest.approx(top1)
+    assert f"teacher, 5-NN: top-1 {top1:.2f} %" in printed
 
 
 @pytest.mark.parametrize("changed, words", [

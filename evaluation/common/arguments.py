@@ -3,6 +3,7 @@ import argparse
 
 import models
 import utils
+from evaluation.common.data import DATASETS
 
 
 def int_from(minimum):
@@ -33,9 +34,20 @@ def evaluation_parser(description):
                           help="blocks whose [CLS] tokens are concatenated")
     features.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1, 2), default=0,
                           help="0: [CLS] tokens; 1: mean patch token of the last block, not normed; 2: both, normed")
+    features.add_argument("--dump_features", metavar="DIR", help="folder to keep the extracted features in")
+    features.add_argument("--load_features", metavar="DIR",
+                          help="use the features kept there if they fit weights, images and settings, else say why not")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default="data/imagenet", help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    data.add_argument("--dataset", choices=DATASETS, default="imagefolder",
+                      help="imagefolder: DATA/{train,val}/CLASS/IMAGE; the others as torchvision keeps them")
+    data.add_argument("--data_path", help="folder of the data; by default "
+                      + ", ".join(f"{folder} ({name})" for name, (folder, _) in DATASETS.items()))
+    data.add_argument("--download", type=utils.bool_flag, nargs="?", const=True, default=False,
+                      help="let torchvision fetch the data set if it is missing")
+    data.add_argument("--train_subset", metavar="FILE|FRACTION",
+                      help="train on part of the images: a list of file names, one a line, or a share of each class")
+    data.add_argument("--subset_seed", type=int_from(0), default=0, help="of the draw of a fraction")
     data.add_argument("--image_size", type=int_from(1),
                       help="side in pixels; by default that of the checkpoint's global crops, else 224")
     data.add_argument("--batch_size_per_gpu", type=int_from(1), default=128, help="images per process and batch")

@@ -1,6 +1,8 @@
 """The frozen backbone that an evaluation looks at."""
 import argparse
+import hashlib
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,24 +16,36 @@ MOST_CELLS = 512  # patches along a side of the images that a checkpoint was tra
 
 @dataclass(frozen=True)
 class EvaluatedBackbone:
-    """`model`: on the CPU, in evaluation mode, single precision, no gradients. Sizes in pixels (window: tokens)."""
+    """`model`: on the CPU, in evaluation mode, single precision, no gradients. Sizes in pixels (window: tokens).
+
+    `key`: the checkpoint's entry that it came from. `weights_hash`: sha256 of its names and tensors (see `weights_hash`).
+    """
     model: torch.nn.Module
+    key: str
+    weights_hash: str
     arch: str
     patch_size: int
     window_size: int
     image_size: int
 
 
-def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_size=None, image_size=None):
-    """Build the backbone of a checkpoint and load its entry `key`.
-
-    Settings that are None are those of the checkpoint's own `args`, else vit_small, 16, 7 and 224. The word `random` as
-    `weights` gives an untrained network. Raises InputError for a missing file or key and for weights that do not fit.
-    """
+def read_weights(weights):
+    """Content of the file `weights`; of the word `random`, an empty dictionary. Raises InputError where there is none."""
     if weights in ("", "download", "supervised"):
         raise utils.InputError(f"--pretrained_weights {weights!r}: nothing is downloaded; give a file, or random")
-    checkpoint = {} if weights == "random" else utils.load_checkpoint(weights)
-    state = None if weights == "random" else utils.backbone_state_dict(checkpoint, key, weights)
+    return {} if weights == "random" else utils.load_checkpoint(weights)
+
+
+def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_size=None, image_size=None, checkpoint=None):
+    """Build the backbone of a checkpoint and load its entry `key`.
+
+    Reads what this project and the reference write, DINO's checkpoints and backbones, extracted backbones and timm's
+    ViT and Swin weights. Settings that are None are those of the checkpoint's own `args`, else vit_small, 16, 7 and 224.
+    The word `random` as `weights` gives an untrained network. `checkpoint`: content of the file, if it is read already.
+    Raises InputError for a missing file or key and for weights that do not fit, with what is missing.
+    """
+    checkpoint = read_weights(weights) if checkpoint is None else checkpoint
+    state = None if weights == "random" else _reference_names(utils.backbone_state_dict(checkpoint, key, weights))
 
     stored = checkpoint.get("args", {})
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
@@ -64,24 +78,48 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
             model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=image_size)
         source = f"untrained, random weights (seed {RANDOM_SEED})"
     else:
-        trained_size = 224 if is_swin else _trained_image_size(state, arch, patch_size, weights)
+        trained_size = 224 if is_swin else _trained_image_size(state, patch_size, weights)
         model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=trained_size)
-        utils.load_backbone(model, state, weights)
+        try:
+            utils.load_backbone(model, state, weights)
+        except utils.InputError as error:
+            raise utils.InputError(f"{error} (the network is {arch}, {sizes}; see --arch)") from error
         source = f"{key} of {weights}"
     if utils.is_main_process():
         print(f"backbone {arch}, {sizes}, images of {image_size} pixels: {source}", flush=True)
-    return EvaluatedBackbone(model.float().eval().requires_grad_(False), arch, patch_size, window_size, image_size)
+    model = model.float().eval().requires_grad_(False)
+    return EvaluatedBackbone(model, key, weights_hash(model), arch, patch_size, window_size, image_size)
 
 
 def _shown(value):
     return utils.printable(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
-def _trained_image_size(state, arch, patch_size, weights):
-    """Side in pixels of the images that a ViT's position embedding was made for."""
+def weights_hash(model):
+    """sha256 of the names, shapes and contents of a network's tensors: the same whichever file they come from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _reference_names(state):
+    """timm's names of Swin weights to the reference's: there, patch merging belongs to the stage that it ends."""
+    merging = re.compile(r"^layers\.(\d+)\.downsample\.")
+    if any(merging.match(name)[1] == "0" for name in state if merging.match(name)):
+        return state
+    return {merging.sub(lambda match: f"layers.{int(match[1]) - 1}.downsample.", name): value
+            for name, value in state.items()}
+
+
+def _trained_image_size(state, patch_size, weights):
+    """Side in pixels of the images that a ViT's position embedding was made for; any, if the weights are no ViT's."""
     positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if positions is None or positions.ndim != 3 or patches is None or patches.ndim != 4:
-        raise utils.InputError(f"checkpoint {weights} does not fit {arch}: it is no ViT (pos_embed); see --arch")
+    if positions is None or patches is None:
+        return patch_size  # loading will say what is missing
+    if positions.ndim != 3 or patches.ndim != 4:
+        raise utils.InputError(f"checkpoint {weights} is no ViT: pos_embed or patch_embed.proj.weight has another shape")
     if patches.shape[-1] != patch_size:
         raise utils.InputError(f"checkpoint {weights} has patches of {patches.shape[-1]} pixels, not {patch_size}; "
                                "see --patch_size")

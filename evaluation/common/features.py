@@ -2,12 +2,18 @@
 
 Letters: B images of a batch, N patch tokens, D width, F feature size, n images of the data set, W processes.
 """
+import os
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
 import utils
+from evaluation.common.data import eval_transform
 from models.swin_transformer import SwinTransformer
+
+FEATURES_VERSION = 1  # raise it when the same weights and images would give other features: kept ones are then not used
 
 
 def feature_dim(model, n_last_blocks=1, avgpool_patchtokens=0):
@@ -83,6 +89,65 @@ def extract_features(model_fn, loader, process, name="images"):
     if broken:
         raise utils.InputError(f"features of {name} are not finite: the weights hold NaN or overflow")
     return features, labels
+
+
+def frozen_features(backbone, images, process, n_last_blocks=1, avgpool_patchtokens=0, batch_size=128, num_workers=10,
+                    dump_to=None, load_from=None):
+    """Features and labels of the `ImageSet` `images` through `eval_transform`, whatever its own transform is.
+
+    Args:
+        backbone: an `EvaluatedBackbone`; its model is moved to `process.device` if images have to be looked at.
+        dump_to, load_from: None, or folders (they may be the same one). Features kept in `load_from` are used if they
+            were made with these weights, images and settings; if not, a line says what differs and they are made anew.
+            Features made anew are kept in `dump_to`.
+
+    Returns ([n, F] float32, [n] int64) on the CPU on rank 0, in the order of `images`; (None, None) elsewhere. All
+    processes call it together. Raises InputError as `extract_features`, and for folders that cannot be used.
+    """
+    key = {"version": FEATURES_VERSION, "weights": backbone.weights_hash, "images": None, "count": len(images),
+           "arch": backbone.arch, "patch size": backbone.patch_size, "window size": backbone.window_size,
+           "image size": backbone.image_size, "n_last_blocks": n_last_blocks, "avgpool_patchtokens": avgpool_patchtokens}
+    main = process.rank == 0
+    name = f"{images.name} {backbone.key} n{n_last_blocks} avgpool{avgpool_patchtokens}.pth"
+    name = name.replace(os.sep, "-").replace(" ", "_")
+    kept = None
+    if main and (dump_to or load_from):
+        key["images"] = images.fingerprint()
+        if load_from:
+            kept, reason = _load_features(Path(load_from) / name, key)
+            print(f"features of {images.name}: {reason}", flush=True)
+    found = torch.tensor(kept is not None, dtype=torch.uint8, device=process.device)
+    if process.world_size > 1:
+        dist.broadcast(found, 0)
+    if found:
+        return kept if main else (None, None)
+
+    model = backbone.model.to(process.device)
+    loader = sharded_loader(images.with_transform(eval_transform(backbone.image_size)), batch_size, num_workers, process)
+    features, labels = extract_features(lambda batch: pool_features(model, batch, n_last_blocks, avgpool_patchtokens),
+                                        loader, process, images.name)
+    if main and dump_to:
+        path = Path(dump_to) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            utils.save_atomically({"key": key, "features": features, "labels": labels}, path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+            raise utils.InputError(f"--dump_features {path}: cannot be written ({error})") from error
+    return features, labels
+
+
+def _load_features(path, key):
+    """((features, labels), line to print) of a file of `frozen_features`; (None, line) if it was made with another key."""
+    if not path.is_file():
+        return None, f"none kept as {path}"
+    content = utils.load_checkpoint(path)
+    kept = content.get("key")
+    if not isinstance(kept, dict) or not {"features", "labels"} <= content.keys():
+        raise utils.InputError(f"--load_features: {path} holds no features of this project; move it away")
+    differ = [name for name in key if kept.get(name) != key[name]]
+    if differ:
+        return None, f"those in {path} are not used, they were made with other {', '.join(differ)}"
+    return (content["features"], content["labels"]), f"read from {path}"
 
 
 def _gather(tensor, process):

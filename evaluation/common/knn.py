@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import utils
 
 MAX_BLOCK = 64_000_000  # floats of the largest intermediate: 256 MB
+TESTS = 1024  # test images of a chunk: enough for efficient products of matrices
 
 
 def usable_ks(ks, n_train):
@@ -24,7 +25,8 @@ def knn_classify(train_features, train_labels, test_features, num_classes, ks=(1
     """The five likeliest classes of every test image, for each k.
 
     The score of class c is the sum of exp(s / temperature) over those of the k most similar training images that have
-    label c, s being the cosine similarity. Tests run in chunks that keep every intermediate below `max_block` floats.
+    label c, s being the cosine similarity. Tests meet the training images in blocks of both, which keep every
+    intermediate below `max_block` floats.
 
     Args:
         train_features [n, F], train_labels [n] (in 0..num_classes-1), test_features [m, F]: need no normalisation.
@@ -34,12 +36,12 @@ def knn_classify(train_features, train_labels, test_features, num_classes, ks=(1
     Returns:
         {k: int64 [m, min(5, num_classes)]} on the CPU, best class first; -1 where the neighbours have fewer classes.
     """
-    train = F.normalize(train_features.to(device, torch.float32), dim=1).T
+    train = F.normalize(train_features.to(device, torch.float32), dim=1)
     train_labels = train_labels.to(device)
     predictions = {k: [] for k in ks}
-    for chunk in test_features.split(max(1, max_block // max(len(train_features), num_classes))):
+    for chunk in test_features.split(max(1, min(TESTS, max_block // num_classes))):
         chunk = F.normalize(chunk.to(device, torch.float32), dim=1)
-        similarity, neighbours = (chunk @ train).topk(max(ks), dim=1)  # [chunk, k], falling
+        similarity, neighbours = _nearest(chunk, train, max(ks), max(1, max_block // len(chunk)))
         # Relative to the nearest neighbour: the same order of classes, and no overflow at low temperatures.
         votes = torch.exp((similarity - similarity[:, :1]) / temperature)
         classes = train_labels[neighbours]
@@ -48,6 +50,17 @@ def knn_classify(train_features, train_labels, test_features, num_classes, ks=(1
             top, ranked = scores.topk(min(5, num_classes), dim=1)
             predictions[k].append(ranked.masked_fill(top == 0, -1).cpu())
     return {k: torch.cat(parts) for k, parts in predictions.items()}
+
+
+def _nearest(tests, train, k, block):
+    """Similarities [m, k], falling, and places of the k rows of `train` [n, F] most like each row of `tests` [m, F]."""
+    best, places = tests.new_empty(len(tests), 0), torch.empty(len(tests), 0, dtype=torch.int64, device=tests.device)
+    for start in range(0, len(train), block):
+        similarity, found = (tests @ train[start:start + block].T).topk(min(k, len(train) - start, block), dim=1)
+        best, places = torch.cat((best, similarity), dim=1), torch.cat((places, found + start), dim=1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        places = places.gather(1, order)
+    return best, places
 
 
 def topk_accuracy(predictions, labels, topk=(1, 5)):

@@ -11,6 +11,15 @@ import torchvision
 import utils
 
 
+def shared_settings(args, backbone, train, val):
+    """Settings that all protocols record: of the network, its features and the data (two `ImageSet`s)."""
+    return {"arch": backbone.arch, "patch_size": backbone.patch_size, "window_size": backbone.window_size,
+            "image_size": backbone.image_size, "weights_hash": backbone.weights_hash,
+            "n_last_blocks": args.n_last_blocks, "avgpool_patchtokens": args.avgpool_patchtokens,
+            "dataset": args.dataset, "data_path": train.root, "train_subset": args.train_subset,
+            "subset_seed": args.subset_seed, "train_images": len(train), "val_images": len(val)}
+
+
 def append_result(output_dir, protocol, checkpoint, key, settings, metrics):
     """Append a record to the JSON list OUTPUT_DIR/results.json, replacing the file at once. Call it on rank 0 only.
 

@@ -1,0 +1,250 @@
+"""Time of the frozen-feature evaluations: the sweep against one head, k-NN against scikit-learn, features kept or not.
+
+    python benchmarks/evaluation.py                                  # all parts, on a GPU or the CPU
+    python benchmarks/evaluation.py --parts heads --classes 10 1000 --batch 1024
+    python benchmarks/evaluation.py --parts crops features --arch vit_tiny --images 128
+
+    heads     an epoch of linear probing on kept features: 45 heads at once, one head, and both as plain torch modules
+    commands  the same as whole commands on handwritten digits, features read from their folder
+    crops     an epoch of it on random crops of images, the default: 45 heads at once against one
+    knn       weighted votes of the nearest neighbours, against scikit-learn's brute force
+    features  all protocols of a joined command: features taken once and kept, against once per protocol
+
+What is compared alternates within one process (`commands`: in processes of their own), so that both meet the same noise;
+ratios are those of the medians. Features of `heads` and `knn` are random, with a class mean each.
+"""
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+import torch.nn.functional as F
+from common import timed
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+import models
+import utils
+from evaluation.common.backbone import load_evaluated_backbone
+from evaluation.common.data import image_sets
+from evaluation.common.features import feature_dim, frozen_features
+from evaluation.common.knn import knn_classify
+from evaluation.common.linear import HeadConfig, LinearHeads, augmented_epochs, kept_batches, sweep_configs, train_epoch
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("heads", "commands", "crops", "knn", "features")
+ONE = [HeadConfig(0.1)]
+PROTOCOLS = 4  # k-NN, logistic regression, clustering, linear probing
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--rounds", default=7, type=int, help="timed calls of each")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    parser.add_argument("--dim", default=384, type=int, help="size of random features")
+    parser.add_argument("--classes", default=[10, 100, 1000], type=int, nargs="+", help="of heads, one row each")
+    parser.add_argument("--batch", default=256, type=int, help="images of a training step")
+    parser.add_argument("--steps", default=10, type=int, help="of an epoch in `heads`")
+    parser.add_argument("--train", default=50000, type=int, help="training features of k-NN")
+    parser.add_argument("--tests", default=10000, type=int, help="test features of k-NN")
+    parser.add_argument("--k", default=20, type=int)
+    parser.add_argument("--arch", default="vit_small", choices=models.ARCHS, help="of crops and features")
+    parser.add_argument("--images", default=64, type=int, help="images of crops and features")
+    parser.add_argument("--image_size", default=224, type=int)
+    parser.add_argument("--num_workers", default=0, type=int, help="loader processes of crops and features")
+    parser.add_argument("--epochs", default=100, type=int, help="of commands")
+    return parser.parse_args()
+
+
+def alternate(calls, rounds, device):
+    """{name: seconds of each round} of the functions `calls`, after one untimed round."""
+    seconds = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            elapsed = timed(call, device)
+            if i:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def report(title, seconds, count, unit, base):
+    """Print one line for each of `seconds`: its median, range, `unit`s per second and ratio to `base`; returns medians."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(title)
+    for name, values in seconds.items():
+        print(f"  {name:<34} {1e3 * medians[name]:10.1f} ms ({1e3 * min(values):.1f}..{1e3 * max(values):.1f})  "
+              f"{count / medians[name]:12.1f} {unit}/s  {medians[name] / medians[base]:6.2f} of {base}", flush=True)
+    return medians
+
+
+def random_features(n, dim, classes):
+    labels = torch.randint(classes, (n,))
+    return torch.randn(n, dim) + torch.randn(classes, dim)[labels], labels
+
+
+# ---------------------------------------------------------------- heads
+
+def silent(count, sums):
+    """Progress of the timed epochs."""
+
+
+def measure_heads(args, classes, device):
+    features, labels = (x.to(device) for x in random_features(args.batch * args.steps, args.dim, classes))
+    order = torch.randperm(len(features))
+
+    def batches():
+        return kept_batches(features, labels, order, args.batch, device)
+
+    sweep, one = (LinearHeads(configs, args.dim, classes, device=device) for configs in (sweep_configs(), ONE))
+    modules = []
+    for config in sweep_configs():
+        linear = torch.nn.Linear(args.dim, classes).to(device)
+        modules.append((linear, torch.optim.SGD(linear.parameters(), config.lr, momentum=0.9)))
+
+    def plain(modules):
+        for x, y in batches():
+            for linear, optimizer in modules:
+                optimizer.zero_grad()
+                F.cross_entropy(linear(x), y).backward()
+                optimizer.step()
+
+    seconds = alternate({"45 heads": lambda: train_epoch(sweep, batches(), 1.0, silent),
+                         "one head": lambda: train_epoch(one, batches(), 1.0, silent),
+                         "45 torch modules in turn": lambda: plain(modules),
+                         "one torch module": lambda: plain(modules[27:28])},  # of rate 0.1 too
+                        args.rounds, device)
+    report(f"heads: {args.steps} steps of {args.batch} kept features of {args.dim}, {classes} classes",
+           seconds, len(features), "images", "one head")
+
+
+def measure_commands(args, folder):
+    """Whole processes: start, imports, features from their folder, training, validations, files."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = folder / "digits" / ("val" if i % 5 == 0 else "train") / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((32, 32)).save(path)
+
+    def call(script, name):
+        words = ["--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32",
+                 "--data_path", folder / "digits", "--num_workers", "0", "--augment", "false", "--epochs", args.epochs,
+                 "--device", args.device, "--dump_features", folder / "kept", "--load_features", folder / "kept",
+                 "--output_dir", folder / name, "--overwrite", "true"]
+        subprocess.run([sys.executable, ROOT / "evaluation" / script, *map(str, words)], check=True,
+                       stdout=subprocess.DEVNULL)
+
+    calls = {"eval_linear_multi.py, 45 heads": partial(call, "eval_linear_multi.py", "multi"),
+             "eval_linear.py, one head": partial(call, "eval_linear.py", "one")}
+    seconds = alternate(calls, args.rounds, torch.device("cpu"))
+    report(f"commands: {args.epochs} epochs of {sum(1 for _ in (folder / 'digits' / 'train').rglob('*.png'))} digits, "
+           "features read from their folder", seconds, args.epochs, "epochs", "eval_linear.py, one head")
+
+
+# ---------------------------------------------------------------- images
+
+def write_images(folder, count):
+    """`count` JPEGs of 400 x 300 pixels in two classes as train/, the same as val/."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for i in range(count):
+            path = folder / part / str(i % 2) / f"{i:05}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(256, size=(30, 40, 3), dtype=np.uint8)).resize((400, 300)).save(path, quality=90)
+
+
+def backbone_and_images(args, folder):
+    if not (folder / "train").exists():
+        write_images(folder, args.images)
+    with contextlib.redirect_stdout(io.StringIO()):
+        backbone = load_evaluated_backbone("random", "random", args.arch, None, None, args.image_size)
+        return backbone, image_sets("imagefolder", folder)
+
+
+def measure_crops(args, folder, process):
+    backbone, (train, _) = backbone_and_images(args, folder)
+    flags = argparse.Namespace(n_last_blocks=4, avgpool_patchtokens=0, num_workers=args.num_workers, seed=0)
+    batches_of = augmented_epochs(flags, backbone, train, min(args.batch, args.images), process)
+    dim = feature_dim(backbone.model, 4)
+    sweep, one = (LinearHeads(configs, dim, 1000, device=process.device) for configs in (sweep_configs(), ONE))
+    seconds = alternate({"45 heads": lambda: train_epoch(sweep, batches_of(0), 1.0, silent),
+                         "one head": lambda: train_epoch(one, batches_of(0), 1.0, silent)}, args.rounds, process.device)
+    report(f"crops: {args.images} images through {args.arch}, {dim} features, 1000 classes", seconds, args.images, "images",
+           "one head")
+
+
+def measure_features(args, folder, process):
+    """Extraction, extraction with keeping, and reading of the same training and validation images."""
+    backbone, sets = backbone_and_images(args, folder)
+    kept = folder / "kept"
+
+    def take(**folders):
+        with contextlib.redirect_stdout(io.StringIO()):
+            for images in sets:
+                frozen_features(backbone, images, process, num_workers=args.num_workers, **folders)
+
+    seconds = alternate({"once per protocol": lambda: [take() for _ in range(PROTOCOLS)],
+                         "kept": lambda: [take(dump_to=kept), *(take(load_from=kept) for _ in range(PROTOCOLS - 1))]},
+                        args.rounds, process.device)
+    report(f"features: 2 x {args.images} images through {args.arch} for {PROTOCOLS} protocols", seconds, 2 * args.images,
+           "images", "once per protocol")
+
+
+# ---------------------------------------------------------------- k-NN
+
+def measure_knn(args, device):
+    """Both vote by exp(cosine / 0.07); scikit-learn's distances are Euclidean ones of unit vectors, its fastest path."""
+    features, labels = random_features(args.train + args.tests, args.dim, 1000)
+    train, tests, y = features[:args.train], features[args.train:], labels[:args.train]
+    predictions = {}
+
+    def ours():
+        predictions["ours"] = knn_classify(train, y, tests, 1000, (args.k,), device=device)[args.k][:, 0].numpy()
+
+    def theirs():
+        unit, unit_tests = (F.normalize(x, dim=1).numpy() for x in (train, tests))
+        classifier = KNeighborsClassifier(args.k, algorithm="brute", weights=lambda d: np.exp((1 - d ** 2 / 2) / 0.07))
+        predictions["scikit-learn"] = classifier.fit(unit, y.numpy()).predict(unit_tests)
+
+    seconds = alternate({"ours": ours, "scikit-learn": theirs}, args.rounds, device)
+    same = 100 * np.mean(predictions["ours"] == predictions["scikit-learn"])
+    report(f"knn: {args.tests} tests among {args.train} features of {args.dim}, k {args.k}, 1000 classes; same answer for "
+           f"{same:.2f} %", seconds, args.tests, "tests", "scikit-learn")
+
+
+def main():
+    args = get_args()
+    device = utils.choose_device(args.device)
+    process = utils.Process(0, 1, 0, device)
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device: {name}; torch {torch.__version__}, scikit-learn {sklearn.__version__}; "
+          f"medians of {args.rounds} rounds, what is compared in turn", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # listings of folders that will be gone
+        if "heads" in args.parts:
+            for classes in args.classes:
+                measure_heads(args, classes, device)
+        if "commands" in args.parts:
+            measure_commands(args, folder)
+        if "crops" in args.parts:
+            measure_crops(args, folder, process)
+        if "knn" in args.parts:
+            measure_knn(args, device)
+        if "features" in args.parts:
+            measure_features(args, folder, process)
+
+
+if __name__ == "__main__":
+    utils.run(main)

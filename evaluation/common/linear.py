@@ -1,0 +1,596 @@
+"""Linear probing of frozen features (iBOT, Section 4.1): one head, or a sweep of many trained in one pass over the data.
+
+Letters: H heads, C classes, F feature size, B images of a batch (all processes together), n images of a data set,
+W processes.
+
+Every process computes the features of its share of a batch and gets the others', then trains its share of the heads on
+the whole batch: features are far smaller than the gradients of many heads, and each head meets the same numbers however
+many processes there are.
+"""
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+import utils
+from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from
+from evaluation.common.data import image_sets
+from evaluation.common.features import feature_dim, frozen_features, pool_features
+from evaluation.common.protocol import read_backbones
+from evaluation.common.results import append_result, shared_settings
+from loader import normalize
+
+MOMENTUM, LARS_ETA = 0.9, 0.001
+
+
+# ---------------------------------------------------------------- heads
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """`lr` is for a batch of 256 images; `optimizer` is "sgd" or "lars"."""
+    lr: float
+    weight_decay: float = 0.0
+    optimizer: str = "sgd"
+
+    @property
+    def is_plain(self):
+        """SGD without decay, as in the sweep of rates alone."""
+        return self.optimizer == "sgd" and not self.weight_decay
+
+
+def sweep_configs(sweep_lr_only=True):
+    """The reference's grid: 45 rates 1e-4, 2e-4, ... 9 with plain SGD; in full each with two decays and two optimisers.
+
+    The rate is outermost, then the decay, then the optimiser: plain SGD without decay has every fourth index of 180.
+    """
+    rates = [float(f"{n}e{k}") for k in range(-4, 1) for n in range(1, 10)]
+    if sweep_lr_only:
+        return [HeadConfig(rate) for rate in rates]
+    return [HeadConfig(rate, decay, optimizer) for rate in rates for decay in (0.0, 1e-6) for optimizer in ("sgd", "lars")]
+
+
+class LinearHeads:
+    """H linear classifiers of the same features and their optimisers, computed as one.
+
+    The weights of all heads form one matrix [H * C, F]: a product gives all logits, another all gradients, which are
+    written down (softmax minus one-hot) rather than traced. Optimisers are SGD with momentum 0.9 (decay of weights and
+    biases, as torch's) and LARS (You et al., 2017; decay and trust ratio of weights alone).
+
+    All heads start from the same weights, normal(0, 0.01) drawn with `seed`, and biases 0: they differ by their
+    configuration alone, and a head of a sweep is the one that the same rate gives alone.
+
+    `block` is the most logits computed at a time; by default what a CPU's cache holds, or 256 MB on other devices.
+    """
+
+    def __init__(self, configs, dim, num_classes, seed=0, device="cpu", block=None):
+        H, C = len(configs), num_classes
+        self.block = block or (2**20 if torch.device(device).type == "cpu" else 2**26)
+        first = torch.empty(C, dim).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+        self.weight = first.to(device).repeat(H, 1, 1)  # [H, C, F]
+        self.bias = torch.zeros(H, C, device=device)
+        self.weight_momentum, self.bias_momentum = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.rate = torch.tensor([c.lr for c in configs], device=device)  # [H]
+        self.decay = torch.tensor([c.weight_decay for c in configs], device=device)
+        self.lars = torch.tensor([c.optimizer == "lars" for c in configs], dtype=torch.bool, device=device)
+        self.plain = all(c.is_plain for c in configs)
+
+    def _parts(self, batch):
+        """Slices of the heads whose logits for `batch` rows are a block each; one empty slice when there are no heads."""
+        H, C, _ = self.weight.shape
+        step = max(1, self.block // (C * batch))
+        return [slice(first, min(first + step, H)) for first in range(0, max(H, 1), step)]
+
+    def _log_probabilities(self, part, features):
+        """[B, F] -> [h, C, B] of the h heads in `part`: with the images innermost all is vectorised however few classes."""
+        h, C, F = self.weight[part].shape
+        logits = torch.addmm(self.bias[part].view(h * C, 1), self.weight[part].view(h * C, F), features.T)
+        return torch.log_softmax(logits.view(h, C, len(features)), dim=1)
+
+    @torch.no_grad()
+    def step(self, features, labels, rate_scale):
+        """One update of all heads by the mean cross-entropy of a batch; rates are `rate_scale` times their own.
+
+        features [B, F], labels int64 [B]. Returns the losses [H] before the update.
+        """
+        return torch.cat([self._step(part, features, labels, rate_scale) for part in self._parts(len(features))])
+
+    def _step(self, part, features, labels, rate_scale):
+        weight, bias, weight_momentum, bias_momentum = (
+            x[part] for x in (self.weight, self.bias, self.weight_momentum, self.bias_momentum))
+        h, C, F = weight.shape
+        B = len(features)
+        gradient = self._log_probabilities(part, features)  # becomes that of the sum over the batch by the logits
+        target = labels.expand(h, 1, B)
+        losses = -gradient.gather(1, target).mean(dim=(1, 2))
+        # Probabilities below 1e-26 move no weight, but those below 1e-38 are denormal numbers, on which CPUs are slow.
+        gradient.clamp_(min=-60).exp_().scatter_add_(1, target, gradient.new_full((), -1.0).expand(h, 1, B))
+        bias_gradient = gradient.sum(dim=2) / B
+        gradient = gradient.view(h * C, B)
+        if self.plain:
+            weight_momentum.view(h * C, F).addmm_(gradient, features, beta=MOMENTUM, alpha=1 / B)
+        else:
+            decay, lars = self.decay[part], self.lars[part]
+            weight_gradient = (gradient @ features).view(h, C, F).div_(B).addcmul_(weight, decay[:, None, None])
+            bias_gradient.addcmul_(bias, torch.where(lars, 0, decay)[:, None])
+            norm, gradient_norm = (x.flatten(1).norm(dim=1) for x in (weight, weight_gradient))
+            trust = torch.where(lars & (norm > 0) & (gradient_norm > 0), LARS_ETA * norm / gradient_norm, 1.0)
+            weight_momentum.mul_(MOMENTUM).addcmul_(weight_gradient, trust[:, None, None])
+        bias_momentum.mul_(MOMENTUM).add_(bias_gradient)
+        rate = (-rate_scale * self.rate[part])[:, None]
+        weight.addcmul_(weight_momentum, rate[..., None])
+        bias.addcmul_(bias_momentum, rate)
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, features, labels, rows=1024):
+        """Mean cross-entropy, top-1 and top-5 accuracy in percent of every head: float64 [H, 3] on the CPU.
+
+        features [n, F], labels int64 [n], on any device, taken `rows` at a time. A class that ties with the right one, or
+        whose output is not a number, counts as above it.
+        """
+        device, sums = self.weight.device, 0
+        for x, y in zip(features.split(rows), labels.split(rows), strict=True):
+            x, y = x.to(device), y.to(device)
+            found = []
+            for part in self._parts(len(x)):
+                log_p = self._log_probabilities(part, x)
+                own = log_p.gather(1, y.expand(len(log_p), 1, -1))  # [h, 1, b]
+                place = (~(log_p < own)).sum(dim=1)  # [h, b], 1 for the likeliest class
+                found.append(torch.stack((-own[:, 0].sum(dim=1), (place <= 1).sum(dim=1), (place <= 5).sum(dim=1)), dim=1))
+            sums += torch.cat(found).cpu().double()
+        return sums / len(labels) * torch.tensor([1.0, 100.0, 100.0])
+
+
+# ---------------------------------------------------------------- batches of features
+
+def epoch_order(n, seed, epoch):
+    """The order of the images in an epoch: a permutation, int64 [n], that depends on nothing else."""
+    seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+class AugmentedImages(Dataset):
+    """Random resized crops, uint8 [3, size, size], of an `ImageSet`; indexed by (epoch, index).
+
+    A crop is a pure function of (seed, epoch, index), whatever the number of workers and processes.
+    """
+
+    def __init__(self, images, size, seed):
+        self.seed = seed
+        self.images = images.with_transform(v2.Compose([
+            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR), v2.RandomHorizontalFlip(),
+            v2.PILToTensor()]))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place):
+        epoch, index = place
+        with torch.random.fork_rng(devices=[]):
+            state = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would seed the GPUs too
+            return self.images[index]
+
+
+class ShareOfBatches:
+    """Batch sampler: this process's share of every batch of an epoch, as (epoch, index) for `AugmentedImages`.
+
+    Batches hold `batch_size` images of all processes, the last one what is left; nothing is repeated to fill it up. A
+    share that would be empty is one image, which `gather_shares` drops.
+    """
+
+    def __init__(self, n, batch_size, process, seed):
+        self.n, self.batch_size, self.process, self.seed, self.epoch = n, batch_size, process, seed, 0
+
+    def __len__(self):
+        return math.ceil(self.n / self.batch_size)
+
+    def __iter__(self):
+        for batch in epoch_order(self.n, self.seed, self.epoch).split(self.batch_size):
+            share = batch[self.process.rank::self.process.world_size]
+            yield [(self.epoch, index) for index in (share if len(share) else batch[:1]).tolist()]
+
+
+def gather_shares(tensor, total, process):
+    """The shares [b, ...] that `ShareOfBatches` dealt of a batch of `total` rows, as [total, ...] in the batch's order."""
+    W = process.world_size
+    if W == 1:
+        return tensor
+    sizes = [len(range(rank, total, W)) for rank in range(W)]
+    padded = tensor.new_zeros(sizes[0], *tensor.shape[1:])
+    padded[:sizes[process.rank]] = tensor[:sizes[process.rank]]
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]  # row i is row i // W of share i % W
+
+
+def image_batches(loader, targets, model_fn, process):
+    """Batches (features [B, F], labels [B]) on the device, from a loader of `AugmentedImages` with `ShareOfBatches`."""
+    shares = loader.batch_sampler
+    batches = epoch_order(shares.n, shares.seed, shares.epoch).split(shares.batch_size)
+    for (images, _, _), places in zip(loader, batches, strict=True):
+        with torch.no_grad():
+            features = model_fn(normalize(images.to(process.device, non_blocking=True))).float()
+        yield gather_shares(features, len(places), process), targets[places].to(process.device, non_blocking=True)
+
+
+def kept_batches(features, labels, order, batch_size, device):
+    """Batches (features [B, F], labels [B]) on the device, in the given order of the rows."""
+    order = order.to(features.device)
+    for places in order.split(batch_size):
+        yield features[places].to(device), labels[places].to(device)
+
+
+def share_with_all(tensor, shape, dtype, process, chunk=2**16):
+    """Rank 0's CPU tensor on the CPU of every process; rows travel in chunks, by way of the devices."""
+    if process.world_size == 1:
+        return tensor
+    if process.rank > 0:
+        tensor = torch.empty(shape, dtype=dtype)
+    for rows in tensor.split(chunk):
+        buffer = rows.to(process.device)
+        dist.broadcast(buffer, 0)
+        rows.copy_(buffer)
+    return tensor
+
+
+def near(tensor, device):
+    """`tensor` on the GPU if that leaves half of its free memory, else where it is."""
+    if device.type != "cuda" or tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return tensor
+    return tensor.to(device)
+
+
+# ---------------------------------------------------------------- files
+
+def gather_heads(tensor, process):
+    """Join the heads [h, ...] of all processes in order: [H, ...] on the CPU."""
+    if process.world_size == 1:
+        return tensor.cpu()
+    tensor = tensor.to(process.device)
+    return torch.cat(utils.gather_parts(tensor.flatten())).view(-1, *tensor.shape[1:]).cpu()
+
+
+def checkpoint_state(heads, configs, scale, epoch, epochs, best, settings, sweep, process):
+    """What is saved after `epoch` epochs, with the reference's names and torch's forms; all processes call it together.
+
+    `scale` turns rates for 256 images into those of this run. The tensors of a sweep are views of a common one. `best` and
+    `settings`, as in results.json, come on top.
+    """
+    weight, bias, weight_momentum, bias_momentum = (
+        gather_heads(x, process) for x in (heads.weight, heads.bias, heads.weight_momentum, heads.bias_momentum))
+    state_dict, optimizers, schedulers = {}, [], []
+    for i, config in enumerate(configs):
+        name = f"{i}.module.linear" if sweep else "module.linear"
+        state_dict |= {f"{name}.weight": weight[i], f"{name}.bias": bias[i]}
+        rate = scale * config.lr
+        now = rate * cosine(epoch, epochs)
+        slot, own = (("momentum_buffer", {"dampening": 0, "nesterov": False}) if config.optimizer == "sgd"
+                     else ("mu", {"eta": LARS_ETA}))
+        optimizers.append({
+            "state": {0: {slot: weight_momentum[i]}, 1: {slot: bias_momentum[i]}},
+            "param_groups": [{"lr": now, "initial_lr": rate, "momentum": MOMENTUM, "weight_decay": config.weight_decay,
+                              **own, "params": [0, 1]}]})
+        schedulers.append({"T_max": epochs, "eta_min": 0, "base_lrs": [rate], "last_epoch": epoch,
+                           "_step_count": epoch + 1, "_last_lr": [now]})
+    state = {"epoch": epoch, "state_dict": state_dict, "best_acc": best["best"]["top1"], "best": best,
+             "settings": settings}
+    if not sweep:
+        return state | {"optimizer": optimizers[0], "scheduler": schedulers[0]}
+    return state | {"optimizers": optimizers, "schedulers": schedulers, "best_acc_hidx": best["best"]["head"],
+                    "best_acc_sweep_lr_only": best["best_sweep_lr_only"]["top1"]}
+
+
+def restore(path, heads, mine, configs, scale, epochs, settings, sweep):
+    """Load the heads `mine` (a slice) from a file of `checkpoint_state` or of the reference: (next epoch, best so far).
+
+    Raises InputError for a file that is none, and for one of other rates, settings, classes or features.
+    """
+    checkpoint = utils.load_checkpoint(path)
+    plural = "s" if sweep else ""
+    kinds = {"epoch": int, "state_dict": dict, f"optimizer{plural}": list if sweep else dict,
+             f"scheduler{plural}": list if sweep else dict, "best_acc": (float, int)}
+    lacking = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
+    if lacking:
+        raise utils.InputError(f"checkpoint {path}: no checkpoint of {'a sweep' if sweep else 'one head'}, "
+                               f"it lacks {', '.join(lacking)}")
+    optimizers, schedulers = (checkpoint[f"{name}{plural}"] for name in ("optimizer", "scheduler"))
+    if not sweep:
+        optimizers, schedulers = [optimizers], [schedulers]
+    if len(optimizers) != len(configs) or len(schedulers) != len(configs):
+        raise utils.InputError(f"checkpoint {path}: it has {len(optimizers)} heads, this run {len(configs)}")
+    for config, scheduler in zip(configs, schedulers, strict=True):
+        rates, length = scheduler.get("base_lrs"), scheduler.get("T_max")
+        if length != epochs or not rates or not math.isclose(rates[0], scale * config.lr, rel_tol=1e-6):
+            raise utils.InputError(f"checkpoint {path}: trained at rate {rates} for {length} epochs, this run is set to "
+                                   f"[{scale * config.lr}] and {epochs}; rates grow with the total batch")
+    differ = [name for name, value in checkpoint.get("settings", {}).items()
+              if name != "data_path" and settings.get(name) != value]
+    if differ:
+        raise utils.InputError(f"checkpoint {path}: trained with other {', '.join(differ)}")
+    names = [f"{i}.module.linear" if sweep else "module.linear" for i in range(len(configs))]
+    try:
+        slots = ["momentum_buffer" if config.optimizer == "sgd" else "mu" for config in configs]
+        found = {"weight": [checkpoint["state_dict"][f"{name}.weight"] for name in names],
+                 "bias": [checkpoint["state_dict"][f"{name}.bias"] for name in names],
+                 "weight_momentum": [o["state"][0][slot] for o, slot in zip(optimizers, slots, strict=True)],
+                 "bias_momentum": [o["state"][1][slot] for o, slot in zip(optimizers, slots, strict=True)]}
+    except (KeyError, TypeError) as error:
+        raise utils.InputError(f"checkpoint {path}: incomplete, it lacks {error}") from error
+    for name, tensors in found.items():
+        own = getattr(heads, name)
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if shapes != {tuple(own.shape[1:])}:
+            raise utils.InputError(f"checkpoint {path}: its heads' {name} has shape {', '.join(map(str, shapes))}, "
+                                   f"this run's {tuple(own.shape[1:])} (classes, features)")
+        for row, tensor in zip(own, tensors[mine], strict=True):
+            row.copy_(tensor)
+    # The reference saves at its best alone.
+    here = {"top1": float(checkpoint["best_acc"]), "epoch": checkpoint["epoch"] - 1,
+            "head": int(checkpoint.get("best_acc_hidx", 0))}
+    return checkpoint["epoch"], checkpoint.get("best", {"best": here, "best_sweep_lr_only": here})
+
+
+# ---------------------------------------------------------------- the protocol
+
+def linear_parser(description):
+    """The flags that one head and the sweep share."""
+    parser = evaluation_parser(description)
+    parser.set_defaults(n_last_blocks=4, output_dir=".")
+    linear = parser.add_argument_group("linear probe")
+    linear.add_argument("--epochs", type=int_from(1), default=100)
+    linear.add_argument("--augment", type=utils.bool_flag, default=True,
+                        help="train on random crops; false: on centre crops, whose features are extracted once")
+    linear.add_argument("--val_freq", type=int_from(1), default=1,
+                        help="epochs between validations and checkpoints; the last epoch always has one")
+    linear.add_argument("--num_labels", type=int_from(1), help="outputs of a head; by default the number of classes")
+    linear.add_argument("--seed", type=int_from(0), default=0, help="of first weights, order of images and crops")
+    linear.add_argument("--load_from", metavar="FILE",
+                        help="resume from this file of the output folder: checkpoint_KEY_linear_last.pth, or the best one")
+    linear.add_argument("--overwrite", type=utils.bool_flag, default=False,
+                        help="start over in an output folder that holds a linear probe")
+    linear.add_argument("--results_dir", help="folder of results.json; by default --output_dir")
+    return parser
+
+
+def cosine(epoch, epochs):
+    """Factor of the rates in an epoch."""
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def check_output(folder, key, args):
+    """Raise InputError when `folder` cannot take this probe, or its checkpoint is not there."""
+    if folder.exists() and not folder.is_dir():
+        raise utils.InputError(f"--output_dir {folder} is a file")
+    if args.load_from:
+        if not (folder / args.load_from).is_file():
+            raise utils.InputError(f"--load_from: {folder / args.load_from} does not exist")
+        return
+    last = folder / f"checkpoint_{key}_linear_last.pth"
+    held = [path.name for path in (last, folder / "log.txt") if path.exists()]
+    if not held or args.overwrite and last.exists():
+        return
+    advice = (f"resume with --load_from {last.name}, start over with --overwrite true, or choose" if last.exists()
+              else "which is not of this probe; choose")
+    raise utils.InputError(f"--output_dir {folder} already holds {held[0]}; {advice} another folder")
+
+
+def prepare_folder(folder, log_file, start):
+    """Make the folder, with the log of the first `start` epochs alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise utils.InputError(f"--output_dir {folder}: {error.strerror}") from error
+    lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+    log_file.write_text("".join(line for line in lines if json.loads(line)["epoch"] < start))
+
+
+def log_line(epoch, configs, rate_scale, losses, sweep):
+    """What `log.txt` says of an epoch's training; a loss that is no number is null."""
+    line = {}
+    for i, (config, loss) in enumerate(zip(configs, losses, strict=True)):
+        number = i if sweep else ""
+        line |= {f"train_loss{number}": loss if math.isfinite(loss) else None, f"train_lr{number}": rate_scale * config.lr}
+    return line | {"epoch": epoch}
+
+
+def validation_line(scores, sweep):
+    """What `log.txt` says of a validation with `scores`, rows (loss, top-1, top-5) of each head; top-5 may be None."""
+    line = {}
+    for i, (loss, top1, top5) in enumerate(scores):
+        names = (f"test_loss{i}", f"test_acc{i}@1", f"test_acc{i}@5") if sweep else ("test_loss", "test_acc1", "test_acc5")
+        line |= {names[0]: loss if math.isfinite(loss) else None, names[1]: top1}
+        if top5 is not None:
+            line[names[2]] = top5
+    return line
+
+
+def best_head(scores, heads, configs, epoch):
+    """Record of the best by top-1 of the `heads` (indices); of several the last, as in the reference."""
+    head = max(heads, key=lambda i: (scores[i][1], i))
+    _, top1, top5 = scores[head]
+    record = {"top1": top1} if top5 is None else {"top1": top1, "top5": top5}
+    return record | {"epoch": epoch, "head": head, **asdict(configs[head])}
+
+
+def describe(record, configs):
+    """A record of `best_head` in words."""
+    config, accuracy = configs[record["head"]], f"top-1 {record['top1']:.2f} %"
+    if "top5" in record:
+        accuracy += f", top-5 {record['top5']:.2f} %"
+    settings = f"epoch {record['epoch']}, lr {config.lr:g}"
+    if len(configs) > 1:
+        settings += f", head {record['head']}"
+    if not all(c.is_plain for c in configs):
+        settings += f", {config.optimizer}, decay {config.weight_decay:g}"
+    return f"{accuracy} ({settings})"
+
+
+def run_probe(args, configs, protocol):
+    """Train and validate heads of `configs` for every checkpoint key of `args` (flags of `linear_parser`).
+
+    `protocol` names the records in results.json; it is "linear" for a sweep, whose files have a sweep's form.
+    """
+    process = utils.init_process(args.device, args.dist_url)
+    if process.rank == 0:
+        print(utils.describe_run(args, process), flush=True)
+    keys = checkpoint_keys(args.pretrained_weights, args.checkpoint_key)
+    if args.load_from and len(keys) > 1:
+        raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key, not {len(keys)}")
+    folders = {key: Path(args.output_dir) / (key if len(keys) > 1 else "") for key in keys}
+    for key, folder in folders.items():
+        check_output(folder, key, args)
+    backbones, _ = read_backbones(args)
+    train, val = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
+                            download=args.download)
+    if args.num_labels and args.num_labels < len(train.classes):
+        raise utils.InputError(f"--num_labels {args.num_labels}: {train.name} has {len(train.classes)} classes")
+    if process.world_size > 1:
+        dist.barrier()  # nobody may write before all have looked
+    for key, backbone in backbones.items():
+        probe(args, configs, protocol, key, folders[key], backbone, train, val, process)
+
+
+def train_epoch(heads, batches, rate_scale, report):
+    """Step through the batches; mean losses [H] over the images. Each step calls `report(images so far, summed losses)`."""
+    sums, count = 0, 0
+    for features, labels in batches:
+        sums += heads.step(features, labels, rate_scale) * len(labels)
+        count += len(labels)
+        report(count, sums)
+    return sums / count
+
+
+class Progress:
+    """Prints, every ten seconds of an epoch, how far it is and when all `epochs` of `n` images will be done."""
+
+    def __init__(self, n, epochs, start):
+        self.n, self.epochs, self.start = n, epochs, start
+        self.since = self.said = time.time()
+
+    def speed(self, epoch, count):
+        """Text of images/s and time left after `count` images of `epoch`."""
+        done, seconds = (epoch - self.start) * self.n + count, time.time() - self.since
+        left = ((self.epochs - self.start) * self.n - done) * seconds / done
+        return f"{done / seconds:.1f} images/s  eta {utils.eta_string(left)}"
+
+    def report(self, epoch, count, sums):
+        if time.time() - self.said > 10:
+            self.said = time.time()
+            loss = f"  loss {sums.min().item() / count:.4f}" if len(sums) else ""  # this process may have no head
+            print(f"epoch {epoch}/{self.epochs} [{count}/{self.n}]{loss}  {self.speed(epoch, count)}", flush=True)
+
+
+def probe(args, configs, protocol, key, folder, backbone, train, val, process):
+    """The heads of `configs` on one backbone: training, validations, `log.txt`, checkpoints, a record in results.json."""
+    sweep, main, device = protocol == "linear", process.rank == 0, process.device
+    dim = feature_dim(backbone.model, args.n_last_blocks, args.avgpool_patchtokens)
+    num_classes = args.num_labels or len(train.classes)
+    total_batch = args.batch_size_per_gpu * process.world_size
+    scale = total_batch / 256
+    mine = slice(*(len(configs) * r // process.world_size for r in (process.rank, process.rank + 1)))
+    heads = LinearHeads(configs[mine], dim, num_classes, args.seed, device)
+    settings = shared_settings(args, backbone, train, val) | {
+        "heads": len(configs), "epochs": args.epochs, "total_batch": total_batch, "augment": args.augment,
+        "seed": args.seed}
+
+    # ============ files ============
+    last_file, best_file = (folder / f"checkpoint_{key}_linear{suffix}.pth" for suffix in ("_last", ""))
+    start, best = 0, None
+    if args.load_from:
+        start, best = restore(folder / args.load_from, heads, mine, configs, scale, args.epochs, settings, sweep)
+    if main:
+        print(f"{key}: {len(configs)} head(s), {dim} features to {num_classes} classes; {len(train)} training and "
+              f"{len(val)} validation images; total batch {total_batch}, rates x {scale:g}; "
+              f"starting at epoch {start} of {args.epochs}", flush=True)
+        prepare_folder(folder, folder / "log.txt", start)
+    if start >= args.epochs:
+        if main:
+            print(f"nothing to do: {folder / args.load_from} has finished {start} epochs; "
+                  f"best: {describe(best['best'], configs)}", flush=True)
+        return
+
+    # ============ features ============
+    val_features, val_labels = kept_features(args, backbone, val, dim, process)
+    if args.augment:
+        batches_of = augmented_epochs(args, backbone, train, total_batch, process)
+    else:
+        train_features, train_labels = kept_features(args, backbone, train, dim, process)
+
+        def batches_of(epoch):
+            order = epoch_order(len(train), args.seed, epoch)
+            return kept_batches(train_features, train_labels, order, total_batch, device)
+
+    # ============ training ============
+    lines, progress = [], Progress(len(train), args.epochs, start)
+    for epoch in range(start, args.epochs):
+        rate_scale = scale * cosine(epoch, args.epochs)
+        report = partial(progress.report, epoch) if main else lambda *_: None
+        losses = gather_heads(train_epoch(heads, batches_of(epoch), rate_scale, report), process).tolist()
+        if not any(map(math.isfinite, losses)):
+            raise FloatingPointError(f"{key}: no head has a finite loss in epoch {epoch}; lower the learning rate")
+        lines.append(log_line(epoch, configs, rate_scale, losses, sweep))
+        if epoch % args.val_freq and epoch + 1 < args.epochs:
+            continue
+
+        # ============ validation ============
+        scores = gather_heads(heads.evaluate(val_features, val_labels), process).tolist()  # H of [loss, top-1, top-5]
+        if num_classes < 5:
+            scores = [(loss, top1, None) for loss, top1, _ in scores]
+        lines[-1] |= validation_line(scores, sweep)
+        now = {"best": best_head(scores, range(len(configs)), configs, epoch),
+               "best_sweep_lr_only": best_head(scores, [i for i, c in enumerate(configs) if c.is_plain], configs, epoch)}
+        is_best = best is None or now["best"]["top1"] >= best["best"]["top1"]
+        best = {name: new if best is None or new["top1"] >= best[name]["top1"] else best[name] for name, new in now.items()}
+
+        # ============ files ============
+        state = checkpoint_state(heads, configs, scale, epoch + 1, args.epochs, best, settings, sweep, process)
+        if main:
+            utils.save_atomically(state, last_file)
+            if is_best:
+                utils.save_atomically(state, best_file)
+            with open(folder / "log.txt", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            print(f"{key}, epoch {epoch}/{args.epochs}: {describe(now['best'], configs)}; best so far "
+                  f"{describe(best['best'], configs)}; {progress.speed(epoch, len(train))}", flush=True)
+        lines = []
+    if main:
+        metrics = {"best": best["best"], "last": now["best"]}
+        if not all(config.is_plain for config in configs):
+            metrics["best_sweep_lr_only"] = best["best_sweep_lr_only"]
+        for name, record in metrics.items():
+            print(f"{key}, {name.replace('_', ' ')}: {describe(record, configs)}")
+        print(f"checkpoints: {best_file} (best), {last_file}", flush=True)
+        append_result(args.results_dir or args.output_dir, protocol, args.pretrained_weights, key, settings, metrics)
+
+
+def kept_features(args, backbone, images, dim, process):
+    """Features [n, dim] and labels [n] of centre crops, in every process and on its device if they fit."""
+    features, labels = frozen_features(backbone, images, process, args.n_last_blocks, args.avgpool_patchtokens,
+                                       args.batch_size_per_gpu, args.num_workers, args.dump_features, args.load_features)
+    features = share_with_all(features, (len(images), dim), torch.float32, process)
+    labels = share_with_all(labels, (len(images),), torch.int64, process)
+    return near(features, process.device), near(labels, process.device)
+
+
+def augmented_epochs(args, backbone, train, total_batch, process):
+    """A function from the epoch to its batches of features of random crops (see `image_batches`)."""
+    model, targets = backbone.model.to(process.device), torch.from_numpy(train.targets)
+    shares = ShareOfBatches(len(train), total_batch, process, args.seed)
+    loader = DataLoader(AugmentedImages(train, backbone.image_size, args.seed), batch_sampler=shares,
+                        num_workers=args.num_workers, pin_memory=process.device.type == "cuda",
+                        persistent_workers=args.num_workers > 0)
+
+    def batches_of(epoch):
+        shares.epoch = epoch
+        return image_batches(loader, targets, lambda images: pool_features(
+            model, images, args.n_last_blocks, args.avgpool_patchtokens), process)
+    return batches_of

@@ -1,0 +1,33 @@
+"""What the protocols on fixed features have in common: from the flags to the features of every checkpoint key."""
+from evaluation.common.arguments import checkpoint_keys
+from evaluation.common.backbone import load_evaluated_backbone, read_weights
+from evaluation.common.features import feature_dim, frozen_features
+
+
+def read_backbones(args):
+    """({key: EvaluatedBackbone}, content of the checkpoint) for the flags of `evaluation_parser`.
+
+    The file is read once, and every key before the first is evaluated, so that a wrong one is not found hours later.
+    """
+    weights = args.pretrained_weights
+    checkpoint = read_weights(weights)
+    backbones = {key: load_evaluated_backbone(weights, key, args.arch, args.patch_size, args.window_size, args.image_size,
+                                              checkpoint)
+                 for key in checkpoint_keys(weights, args.checkpoint_key)}
+    for backbone in backbones.values():
+        feature_dim(backbone.model, args.n_last_blocks, args.avgpool_patchtokens)
+    return backbones, checkpoint
+
+
+def extract_features_of_keys(args, backbones, sets, process):
+    """{key: [(features, labels) of each `ImageSet` of `sets`]}, see `frozen_features`.
+
+    All keys before the first is classified: meanwhile the other processes would wait, until their time is up.
+    """
+    features = {}
+    for key, backbone in backbones.items():
+        features[key] = [frozen_features(backbone, images, process, args.n_last_blocks, args.avgpool_patchtokens,
+                                         args.batch_size_per_gpu, args.num_workers, args.dump_features,
+                                         args.load_features) for images in sets]
+        backbone.model.cpu()
+    return features
