@@ -96,7 +96,7 @@ def test_lines_end_in_the_middle_of_patches():
     red = np.argwhere((np.asarray(corr.draw_pair(views, [(15, 29)], 16)) == (255, 0, 0)).all(-1))
     assert red.min(0).tolist() == [24, 24] and red.max(0).tolist() == [40, 248]  # (1, 1) to (2, 1) of the right view
     assert corr.draw_pair(views, [], 16, torch.rand(196)).size == (672, 224)
-    assert corr.draw_pair([torch.zeros(3, 32, 32)] * 2, [(0, 0)], 8).size == (320, 160)
+    assert corr.draw_pair([torch.zeros(3, 32, 32)] * 2, [(0, 0)], 8).size == (448, 224)
 
 
 # ---------------------------------------------------------------- the script
@@ -134,7 +134,7 @@ def test_instance_pairs(job, tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, corr, *flags(job, tmp_path / "new", "--sample_type", "instance", "--show_nums", "3", "--show_with_attn", "true"))
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert [name[:17] for name in names] == [f"instance_corresp{i}" for i in range(3)] and all("_nh0.png" in name for name in names)
-    assert Image.open(tmp_path / "new" / names[0]).size == (480, 160)
+    assert Image.open(tmp_path / "new" / names[0]).size == (672, 224)
 
 
 def test_class_pairs_and_another_networks_attention(job, tmp_path, monkeypatch, capsys):

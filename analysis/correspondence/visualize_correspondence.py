@@ -150,8 +150,8 @@ def drawn_matches(salience, allowed, topk):
 def draw_pair(views, pairs, patch_size, salience=None):
     """Two views side by side with a red line for each pair of patches; on the left the salience, if it is given."""
     size = views[0].shape[-1]
-    factor = -(-160 // size)  # small views are enlarged
-    canvas = common.enlarge(common.beside([common.display(view) for view in views]), 160)
+    factor = -(-224 // size)  # small views are enlarged
+    canvas = common.enlarge(common.beside([common.display(view) for view in views]), 224)
     draw, cells = ImageDraw.Draw(canvas), size // patch_size
     for one, two in pairs:
         ends = [((patch % cells + 0.5) * patch_size + shift, (patch // cells + 0.5) * patch_size)
