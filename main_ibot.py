@@ -16,7 +16,7 @@ import math
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -427,14 +427,13 @@ def train_ibot(args):
     SIGUSR1 came and the run is saved.
     """
     check_args(args)
-    signals = utils.StopSignals()
-    try:
-        pretrain(args, signals)
-    finally:
-        signals.restore()
+    with ExitStack() as at_end:
+        signals = utils.StopSignals()
+        at_end.callback(signals.restore)
+        pretrain(args, signals, at_end)
 
 
-def pretrain(args, signals):
+def pretrain(args, signals, at_end):
     process = utils.init_process(args.device, args.dist_url)
     device, main_process = process.device, process.rank == 0
     output_dir = Path(args.output_dir)
@@ -510,6 +509,7 @@ def pretrain(args, signals):
     if main_process:
         start_output(output_dir, start_epoch if path else None)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
+        at_end.callback(close_writer, writer)
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
@@ -569,7 +569,6 @@ def pretrain(args, signals):
         progress = new_progress() | {"dropped": progress["dropped"]}
         save_now(epoch + 1, progress)
     if main_process:
-        writer.close()
         if start_epoch >= args.epochs:
             print(f"nothing to do: {path} has finished {start_epoch} epochs")
         print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / CHECKPOINT}")
@@ -804,6 +803,13 @@ def log_scalars(writer, group, values, step):
         for name, value in values.items():
             if name != "nonfinite":
                 writer.add_scalar(f"{group}/{name}", value, step)
+    except OSError as error:
+        utils.warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
+
+
+def close_writer(writer):
+    try:
+        writer.close()
     except OSError as error:
         utils.warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
 

@@ -80,7 +80,10 @@ def run(main):
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
     # Loader processes may hang in a read; an error must not wait for them, nor for the other processes.
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at their death
+    for child in children:
         child.kill()
     if code:
         os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
