@@ -55,6 +55,7 @@ def evaluation_parser(description):
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", help="folder whose results.json gets a record of this evaluation")
+    run.add_argument("--results_dir", help="another folder for results.json")
     run.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     run.add_argument("--dist_url", default="env://", help="where the processes meet")
     # Old launchers pass it; the environment says the same.

@@ -25,7 +25,7 @@ from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_
 from evaluation.common.data import image_sets
 from evaluation.common.features import feature_dim, frozen_features, pool_features
 from evaluation.common.protocol import read_backbones
-from evaluation.common.results import append_result, shared_settings
+from evaluation.common.results import append_result, results_folder, shared_settings
 from loader import normalize
 
 MOMENTUM, LARS_ETA = 0.9, 0.001
@@ -357,7 +357,6 @@ def linear_parser(description):
                         help="resume from this file of the output folder: checkpoint_KEY_linear_last.pth, or the best one")
     linear.add_argument("--overwrite", type=utils.bool_flag, default=False,
                         help="start over in an output folder that holds a linear probe")
-    linear.add_argument("--results_dir", help="folder of results.json; by default --output_dir")
     return parser
 
 
@@ -569,7 +568,7 @@ def probe(args, configs, protocol, key, folder, backbone, train, val, process):
         for name, record in metrics.items():
             print(f"{key}, {name.replace('_', ' ')}: {describe(record, configs)}")
         print(f"checkpoints: {best_file} (best), {last_file}", flush=True)
-        append_result(args.results_dir or args.output_dir, protocol, args.pretrained_weights, key, settings, metrics)
+        append_result(results_folder(args), protocol, args.pretrained_weights, key, settings, metrics)
 
 
 def kept_features(args, backbone, images, dim, process):
