@@ -34,9 +34,10 @@ def read_results(output_dir):
         if not path.exists():
             return []
         records = json.loads(path.read_bytes())
+        json.dumps(records, indent=1)  # nested too deep to be written again?
     except OSError as error:
         raise utils.InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # nested a thousand deep
+    except (ValueError, RecursionError) as error:
         reason = utils.printable(str(error) or type(error).__name__, 100)
         raise utils.InputError(f"{path}: damaged, no JSON list of results ({reason}); move it away") from error
     if not isinstance(records, list):
@@ -72,8 +73,6 @@ def append_result(output_dir, protocol, checkpoint, key, settings, metrics):
             try:
                 temporary.write_text(json.dumps(records, indent=1) + "\n")
                 os.replace(temporary, path)
-            except RecursionError as error:  # can be read, but not written again
-                raise utils.InputError(f"{path}: damaged, an entry is nested too deep; move it away") from error
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
