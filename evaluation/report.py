@@ -64,7 +64,7 @@ def asked_for(record):
 
 
 def latest(records):
-    """Of records that answer the same question the last one, by key and protocol: ([record], [is it outdated?]).
+    """Of records that answer the same question the last one, sorted by protocol within keys: ([record], [is it outdated?]).
 
     Outdated is a record of other weights than the last evaluation of the same checkpoint and key.
     """
@@ -73,13 +73,8 @@ def latest(records):
         key, protocol = record["key"], record["protocol"]
         found[json.dumps([key, protocol, asked_for(record)], sort_keys=True)] = record
         weights[key, record["checkpoint"]] = record["settings"].get("weights_hash")
-    order = [*PROTOCOLS]
-
-    def rank(record):
-        protocol = record["protocol"]
-        return record["key"], order.index(protocol) if protocol in order else len(order), protocol
-
-    records = sorted(found.values(), key=rank)
+    keys, protocols = [key for key, _ in weights], [*PROTOCOLS, *(record["protocol"] for record in records)]
+    records = sorted(found.values(), key=lambda record: (keys.index(record["key"]), protocols.index(record["protocol"])))
     return records, [record["settings"].get("weights_hash") != weights[record["key"], record["checkpoint"]]
                      for record in records]
 
@@ -88,7 +83,8 @@ def network(record):
     """(architecture, patch or window size) as in PUBLISHED."""
     settings = record["settings"]
     arch = str(settings.get("arch")).replace("deit_", "vit_")
-    return arch, settings.get("window_size" if arch.startswith("swin") else "patch_size")
+    size = settings.get("window_size" if arch.startswith("swin") else "patch_size")
+    return arch, size if isinstance(size, int) else None
 
 
 def numbers(values):
@@ -138,12 +134,16 @@ def paper(record):
 
 def differing(records):
     """For each record a text of the settings in which results of the same protocol and key differ."""
+    def shown(value):
+        text = utils.printable(value, 1000)
+        return text if len(text) <= 40 else f"...{text[-37:]}"  # paths differ at their ends
+
     texts = []
     for record in records:
         own = asked_for(record)
         others = [asked_for(other) for other in records
                   if (other["protocol"], other["key"]) == (record["protocol"], record["key"])]
-        texts.append(", ".join(f"{name} {utils.printable(value, 40)}" for name, value in own.items()
+        texts.append(", ".join(f"{utils.printable(name)} {shown(value)}" for name, value in own.items()
                                if any(other.get(name) != value for other in others)))
     return texts
 
@@ -305,7 +305,7 @@ def draw_curves(series, title, path):
         draw.line(places, colour, LINE * SCALE // 2, "curve")
         for x, y in places if len(places) < 40 else places[-1:]:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-    image.resize(SIDE, Image.Resampling.LANCZOS).save(path)
+    image.reduce(SCALE).save(path)
 
 
 # ---------------------------------------------------------------- the report
