@@ -302,7 +302,7 @@ def restore(path, heads, mine, configs, scale, epochs, settings, sweep):
     checkpoint = utils.load_checkpoint(path)
     stored = checkpoint.get("settings", {})
     if stored.get("weights_hash", settings["weights_hash"]) != settings["weights_hash"]:
-        raise OtherWeights(f"checkpoint {path}: trained on features of other weights")
+        raise OtherWeights(f"checkpoint {path}: trained on features of other weights; --overwrite true starts over")
     plural = "s" if sweep else ""
     kinds = {"epoch": int, "state_dict": dict, f"optimizer{plural}": list if sweep else dict,
              f"scheduler{plural}": list if sweep else dict, "best_acc": (float, int)}
@@ -516,11 +516,11 @@ def probe(args, configs, protocol, key, folder, backbone, train, val, process):
     if args.load_from and load_from.exists():
         try:
             start, best = restore(load_from, heads, mine, configs, scale, args.epochs, settings, sweep)
-        except OtherWeights as error:
+        except OtherWeights:
             if args.load_from != "auto" or not args.overwrite:
                 raise
             if main:
-                print(f"not resumed: {error}", flush=True)
+                print(f"{load_from} is of other weights: starting over", flush=True)
     if main:
         print(f"{key}: {len(configs)} head(s), {dim} features to {num_classes} classes; {len(train)} training and "
               f"{len(val)} validation images; total batch {total_batch}, rates x {scale:g}; "
