@@ -77,16 +77,17 @@ def run(main):
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()
+    if not code:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     # Loader processes may hang in a read; an error must not wait for them, nor for the other processes.
     children = multiprocessing.active_children()
     if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at their death
     for child in children:
         child.kill()
-    if code:
-        os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
+    os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
 
 
 def _environment_rank():
