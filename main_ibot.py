@@ -13,6 +13,7 @@ M masked patches of the batch, K outputs of the head, W processes.
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -374,7 +375,7 @@ def build_networks(args):
 def build_optimizer(name, parameter_groups, device):
     """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step.
 
-    With float16 the gradient scaler waits for the device before each step of SGD and LARS; fused AdamW needs no wait.
+    SGD and LARS wait for the device before each step, to learn whether it may be made; fused AdamW does not.
     """
     if name == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
@@ -507,6 +508,8 @@ def pretrain(args, signals, at_end):
 
     writer = None
     if main_process:
+        if path == output_dir / PREVIOUS:  # the newest is damaged: the next save is not to keep that one
+            os.replace(path, output_dir / CHECKPOINT)
         start_output(output_dir, start_epoch if path else None)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
         at_end.callback(close_writer, writer)
@@ -548,7 +551,7 @@ def pretrain(args, signals, at_end):
         if progress["step"] and len(progress["random"]) == process.world_size:
             try:
                 utils.set_random_state(progress["random"][process.rank], device)
-            except (RuntimeError, ValueError, IndexError) as error:
+            except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
         batches = loader.device_batches(data_loader, device, photometry)
         check = partial(check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
@@ -628,11 +631,12 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu() for parts in (real, predicted))
         return save_now(epoch, progress | {"labels": labels, "clusters": clusters})
 
-    for it in range(progress["step"], steps):
+    first = progress["step"]
+    for it in range(first, steps):
         step = epoch * steps + it
         log_step = (it + 1) % args.print_freq == 0 or it + 1 == steps
         before = utils.random_state(device)
-        if args.save_every_steps and it and step % args.save_every_steps == 0:
+        if args.save_every_steps and it > first and step % args.save_every_steps == 0:
             save_here()
         try:
             means, watched, labels, clusters = train_step(
@@ -820,10 +824,10 @@ def write_logs(output_dir, epoch, stats, writer, bad):
     try:
         with open(output_dir / "log.txt", "a") as file:
             file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
-        if bad:
-            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
     except OSError as error:
         utils.warn_once(f"{output_dir / 'log.txt'} cannot be written ({error.strerror})")
+    if bad:
+        write_bad_images(output_dir, bad)
 
 
 def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
@@ -848,10 +852,17 @@ def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
 def bad_images(dataset, before, device):
     """Sorted paths of all images found unreadable, by any process, and `before` a resume. All processes call it."""
     if utils.get_world_size() > 1:
-        bad = dataset.bad.to(device)
+        bad = dataset.bad.to(device, copy=True)
         torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        dataset.bad.copy_(bad)
+        torch.maximum(dataset.bad, bad.cpu(), out=dataset.bad)  # workers may have found more meanwhile
     return sorted(before | set(dataset.bad_files()))
+
+
+def write_bad_images(output_dir, names):
+    try:
+        (output_dir / BAD_IMAGES).write_text("\n".join(names) + "\n")
+    except OSError as error:
+        utils.warn_once(f"{output_dir / BAD_IMAGES} cannot be written ({error.strerror})")
 
 
 def check_images(dataset, before, most, output_dir, device):
@@ -862,7 +873,7 @@ def check_images(dataset, before, most, output_dir, device):
     bad = bad_images(dataset, before, device)
     if len(bad) > limit:
         if utils.is_main_process():
-            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
+            write_bad_images(output_dir, bad)
         raise utils.InputError(f"{len(bad)} of {len(dataset)} images cannot be read, more than --max_bad_images {most:g}; "
                                f"{output_dir / BAD_IMAGES} has their names")
 
@@ -884,18 +895,24 @@ def run_files(output_dir):
 def start_output(output_dir, epoch):
     """Make the folder and remove what a killed run left half written; without `epoch` all of an earlier run (see
     `check_args`), with it what `log.txt` says of that epoch and later ones, which will be run again."""
+    def is_kept(line):
+        try:
+            return json.loads(line)["epoch"] < epoch
+        except (ValueError, KeyError, TypeError):  # half a line, of a full disk or a kill
+            return False
+
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        log = output_dir / "log.txt"
+        if log.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and is_kept(line)]
+            if kept != lines:
+                log.write_text("".join(kept))
     except OSError as error:
-        raise utils.InputError(f"--output_dir {output_dir}: {error.strerror}") from error
-    for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    log = output_dir / "log.txt"
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["epoch"] < epoch]
-        if kept != lines:
-            log.write_text("".join(kept))
+        raise utils.InputError(f"--output_dir {error.filename or output_dir}: {error.strerror}") from error
 
 
 def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress):
@@ -908,7 +925,8 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     def wrapped(network):
         return {f"module.{name}": value for name, value in network.state_dict().items()}
 
-    tensors = [*student.parameters(), *teacher.parameters(), *ibot_loss.buffers()]
+    tensors = [x for module in (student, teacher, ibot_loss) for x in (*module.parameters(), *module.buffers())
+               if x.is_floating_point()]
     if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
         raise FloatingPointError(f"a weight or centre became non-finite in epoch {epoch}; the last checkpoint is intact")
     state = {

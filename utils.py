@@ -3,6 +3,7 @@
 Letter in shape comments: T any number of values.
 """
 import argparse
+import contextlib
 import datetime
 import math
 import multiprocessing
@@ -46,19 +47,19 @@ def run(main):
     An `InputError`, a `FloatingPointError` of training, a dead loader process or a lost peer becomes one line on stderr;
     any other error is a bug and keeps its traceback.
     """
-    code = 0
+    code, held = 0, None  # what is raised is held: it keeps the DataLoader, which would wait for workers that hang
     try:
         main()
     except Preempted as stop:
-        code = EXIT_PREEMPTED
+        code, held = EXIT_PREEMPTED, stop
         if is_main_process():
             print(stop, file=sys.stderr)
-    except KeyboardInterrupt:
-        code = 130
+    except KeyboardInterrupt as stop:
+        code, held = 130, stop
         if _environment_rank() == 0:
             print("interrupted; what is saved stays", file=sys.stderr)
     except Exception as error:
-        code, text = 1, str(error)
+        code, held, text = 1, error, str(error)
         rank = _environment_rank()
         name = f"error{f' (process {rank})' if rank else ''}"
         if isinstance(error, (InputError, FloatingPointError)):
@@ -87,6 +88,7 @@ def run(main):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at their death
     for child in children:
         child.kill()
+    del held
     os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
 
 
@@ -178,7 +180,7 @@ def init_process(device="auto", dist_url="env://"):
             _set_slurm_rendezvous()
         place = {"init_method": dist_url}
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if attempt != "0":
+        if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":  # several nodes may count differently
             # After a restart torchrun's store may still hold the addresses of the processes before: gloo waits for them.
             place = {"store": dist.PrefixStore(f"attempt {attempt}", next(rendezvous(dist_url, rank, world_size))[0])}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", world_size=world_size, rank=rank, **place)
@@ -252,7 +254,7 @@ def gather_parts(tensor):
 class StopSignals:
     """Notes SIGTERM and SIGUSR1, by which schedulers announce the end; while data are waited for they end the wait."""
 
-    class WaitEnded(Exception):  # noqa: N818 - no error
+    class WaitEnded(BaseException):  # noqa: N818 - no error, and no `except Exception` on its way may take it for one
         """Raised inside `wait_for`."""
 
     def __init__(self):
@@ -281,6 +283,10 @@ class StopSignals:
                 self._waiting = False
         except self.WaitEnded:
             return None
+        except Exception:
+            if self.received:  # torch.compile wraps what is raised while it traces
+                return None
+            raise
 
     def restore(self):
         """Give the signals back to whoever had them."""
@@ -598,10 +604,9 @@ def save_atomically(obj, path, previous=None):
         temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # the new name must outlast a crash too
         folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
             os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.close(folder)
 
 
 def without_prefix(state_dict, prefix):

@@ -113,7 +113,7 @@ def disturb(fault, process, output, seconds, rng, notes):
     time.sleep(rng.uniform(0, 0.7 * seconds))
     if rng.random() < 0.5:
         while process.poll() is None and not list(output.glob(".checkpoint*")):
-            pass
+            time.sleep(0.0005)
         time.sleep(rng.uniform(0, 0.005))
     if process.poll() is not None:
         notes["over before"] += 1
@@ -204,8 +204,11 @@ def main():
             for trial in range(args.trials):
                 place = folder / f"{fault}{trial}"
                 place.mkdir()
-                for name in run_trial(fault, data, whole[processes], place, seconds[processes], rng, notes):
-                    lost[name] += 1
+                try:
+                    lost.update(run_trial(fault, data, whole[processes], place, seconds[processes], rng, notes))
+                except RuntimeError as error:
+                    print(error, file=sys.stderr)
+                    lost["runs that did not go on"] += 1
             print(f"{fault}: {args.trials} trials, " + "".join(f"{name}: {n}, " for name, n in sorted(notes.items()))
                   + (f"differences: {dict(lost)}" if lost else "no differences"), flush=True)
             failed |= bool(lost)
