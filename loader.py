@@ -102,8 +102,10 @@ def load_rgb(path):
 def _is_folder(entry):
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+    except OSError:
+        if entry.name.lower().endswith(IMG_EXTENSIONS):
+            return False  # a link to itself: a bad image, not a bad folder
+        raise
 
 
 def check_image_folder(path):
@@ -111,9 +113,10 @@ def check_image_folder(path):
     try:
         with os.scandir(os.path.expanduser(path)) as scan:
             entries = list(scan)
+        folders = any(map(_is_folder, entries))
     except OSError as error:
         raise InputError(f"data folder {path}: {error.strerror}") from error
-    if not any(map(_is_folder, entries)):
+    if not folders:
         hint = "expected one folder of images per class"
         if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
             hint = f"move the images into a sub-folder, one folder per class, e.g. {os.path.join(path, 'all', '')}"

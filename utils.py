@@ -68,7 +68,7 @@ def run(main):
                 time.sleep(5)
             print(f"{name}: {one_line(error)}", file=sys.stderr)
         elif "DataLoader worker" in text:
-            print(f"{name}: a loader process died: {one_line(error)} If memory ran out, lower --num_workers.",
+            print(f"{name}: a loader process died: {one_line(error).rstrip('. ')}. If memory ran out, lower --num_workers",
                   file=sys.stderr)
         elif dist.is_initialized() and re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", text, re.IGNORECASE):
             time.sleep(1)  # the other one's error comes first
