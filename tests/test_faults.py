@@ -187,9 +187,8 @@ def test_kill_while_saving(digits, tmp_path):
 
 STALL = """
 import sys, time, loader, main_ibot, utils
-load_rgb = loader.load_rgb
-loader.load_rgb = lambda path: time.sleep(1000) if path == sys.argv[1] else load_rgb(path)
-del sys.argv[1]
+load_rgb, stalled = loader.load_rgb, sys.argv.pop(1)
+loader.load_rgb = lambda path: time.sleep(1000) if path == stalled else load_rgb(path)
 utils.run(main_ibot.main)
 """
 
