@@ -13,7 +13,6 @@ M masked patches of the batch, K outputs of the head, W processes.
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -140,7 +139,7 @@ def get_args_parser():
                      help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
     run.add_argument("--compile", default=None, type=flag,
-                     help="compile blocks, head and loss (a minute or more at the start); default: on CUDA")
+                     help="compile blocks, head and loss, at the first steps; default: on CUDA")
     run.add_argument("--grad_checkpointing", default=False, type=flag,
                      help="compute each block again in the backward pass instead of keeping its activations")
     run.add_argument("--seed", default=0, type=int)
@@ -508,8 +507,8 @@ def pretrain(args, signals, at_end):
 
     writer = None
     if main_process:
-        if path == output_dir / PREVIOUS:  # the newest is damaged: the next save is not to keep that one
-            os.replace(path, output_dir / CHECKPOINT)
+        if args.load_from == "auto" and path == output_dir / PREVIOUS:
+            path = path.replace(output_dir / CHECKPOINT)  # which is damaged: the next save is not to keep that one
         start_output(output_dir, start_epoch if path else None)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
         at_end.callback(close_writer, writer)
@@ -635,7 +634,7 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
     for it in range(first, steps):
         step = epoch * steps + it
         log_step = (it + 1) % args.print_freq == 0 or it + 1 == steps
-        before = utils.random_state(device)
+        before = utils.random_state(device) if args.accum_iter > 1 else None
         if args.save_every_steps and it > first and step % args.save_every_steps == 0:
             save_here()
         try:
@@ -647,7 +646,8 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
                 watch=log_step)
         except utils.Preempted:
             ibot_loss.teacher_means.clear()  # of batches of this update, which a resumed run computes again
-            utils.set_random_state(before, device)
+            if before is not None:  # with one batch an update nothing was drawn before the stop
+                utils.set_random_state(before, device)
             failed = not save_here()
             if utils.host_reduce(int(failed)):  # also waits for process 0, which a launcher would kill when another ends
                 raise utils.InputError("a signal asked to stop, but the run could not be saved") from None
@@ -808,14 +808,14 @@ def log_scalars(writer, group, values, step):
             if name != "nonfinite":
                 writer.add_scalar(f"{group}/{name}", value, step)
     except OSError as error:
-        utils.warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
+        utils.say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
 
 
 def close_writer(writer):
     try:
         writer.close()
     except OSError as error:
-        utils.warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
+        utils.say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
 
 
 def write_logs(output_dir, epoch, stats, writer, bad):
@@ -825,7 +825,7 @@ def write_logs(output_dir, epoch, stats, writer, bad):
         with open(output_dir / "log.txt", "a") as file:
             file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
     except OSError as error:
-        utils.warn_once(f"{output_dir / 'log.txt'} cannot be written ({error.strerror})")
+        utils.say_once(f"warning: {output_dir / 'log.txt'} cannot be written ({error.strerror})")
     if bad:
         write_bad_images(output_dir, bad)
 
@@ -862,7 +862,7 @@ def write_bad_images(output_dir, names):
     try:
         (output_dir / BAD_IMAGES).write_text("\n".join(names) + "\n")
     except OSError as error:
-        utils.warn_once(f"{output_dir / BAD_IMAGES} cannot be written ({error.strerror})")
+        utils.say_once(f"warning: {output_dir / BAD_IMAGES} cannot be written ({error.strerror})")
 
 
 def check_images(dataset, before, most, output_dir, device):
@@ -895,22 +895,11 @@ def run_files(output_dir):
 def start_output(output_dir, epoch):
     """Make the folder and remove what a killed run left half written; without `epoch` all of an earlier run (see
     `check_args`), with it what `log.txt` says of that epoch and later ones, which will be run again."""
-    def is_kept(line):
-        try:
-            return json.loads(line)["epoch"] < epoch
-        except (ValueError, KeyError, TypeError):  # half a line, of a full disk or a kill
-            return False
-
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        log = output_dir / "log.txt"
-        if log.exists():
-            lines = log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and is_kept(line)]
-            if kept != lines:
-                log.write_text("".join(kept))
+        utils.trim_log(output_dir / "log.txt", epoch)  # there is none in a fresh start
     except OSError as error:
         raise utils.InputError(f"--output_dir {error.filename or output_dir}: {error.strerror}") from error
 

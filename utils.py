@@ -5,6 +5,7 @@ Letter in shape comments: T any number of values.
 import argparse
 import contextlib
 import datetime
+import json
 import math
 import multiprocessing
 import os
@@ -67,8 +68,10 @@ def run(main):
                 # What all met, process 0 says, and the launcher then ends the others; what this one alone met, it must say.
                 time.sleep(5)
             print(f"{name}: {one_line(error)}", file=sys.stderr)
-        elif "DataLoader worker" in text:
-            print(f"{name}: a loader process died: {one_line(error).rstrip('. ')}. If memory ran out, lower --num_workers",
+        elif "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
+            # The second kind where it died in the middle of handing over a batch.
+            cause = one_line(error) if "DataLoader worker" in text else f"DataLoader worker broke off, {one_line(error)}"
+            print(f"{name}: a loader process died: {cause.rstrip('. ')}. If memory ran out, lower --num_workers",
                   file=sys.stderr)
         elif dist.is_initialized() and re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", text, re.IGNORECASE):
             time.sleep(1)  # the other one's error comes first
@@ -98,7 +101,8 @@ def _environment_rank():
 
 def one_line(error):
     """Message of an error; out of a loader worker it comes wrapped in a traceback, as the last line, after its class."""
-    return re.sub(r"^(\w+\.)+\w+(Error|Image): ", "", str(error).strip().splitlines()[-1])
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^(\w+\.)+\w+(Error|Image): ", "", lines[-1])
 
 
 def bool_flag(text):
@@ -609,6 +613,19 @@ def save_atomically(obj, path, previous=None):
         os.close(folder)
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock file `path` against all other processes, also on other nodes; gives None, or why there are no locks."""
+    with open(path, "ab") as file:
+        reason = None
+        try:
+            import fcntl  # POSIX only
+            fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock, also between the nodes of every network file system
+        except (ImportError, OSError) as error:
+            reason = error
+        yield reason
+
+
 def without_prefix(state_dict, prefix):
     """`state_dict` with `prefix` taken off the names that begin with it."""
     return {name.removeprefix(prefix): value for name, value in state_dict.items()}
@@ -912,8 +929,25 @@ def peak_memory_mib(device):
 
 
 @lru_cache
-def warn_once(text):
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+def say_once(text):
+    """Print a line on stderr, on process 0, the first time only."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def trim_log(path, epoch):
+    """Leave in `path`, a JSON object with "epoch" per line, the epochs before `epoch`; half lines go. May be missing."""
+    def is_kept(line):
+        try:
+            return line.endswith("\n") and json.loads(line)["epoch"] < epoch
+        except (ValueError, KeyError, TypeError):  # of a full disk or a kill
+            return False
+
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if is_kept(line)]
+        if kept != lines:
+            path.write_text("".join(kept))
 
 
 def eta_string(seconds):

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import loader
 import main_ibot
 import utils
+from benchmarks.faults import children, differences, everything
 from tests.conftest import ROOT
 
 TINY = ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_size", "16", "--device", "cpu",
@@ -28,30 +29,9 @@ def train(*words):
     main_ibot.train_ibot(main_ibot.get_args_parser().parse_args([*TINY, *map(str, words)]))
 
 
-def everything(folder):
-    """All that a run leaves, flat: tensors, numbers and log lines."""
-    found = {f"log.{i}": line for i, line in enumerate((folder / "log.txt").read_text().splitlines())}
-
-    def walk(name, value):
-        if isinstance(value, dict):
-            for key, part in value.items():
-                walk(f"{name}.{key}", part)
-        elif isinstance(value, (list, tuple)):
-            for i, part in enumerate(value):
-                walk(f"{name}.{i}", part)
-        else:
-            found[name] = value
-    checkpoint = utils.load_checkpoint(folder / "checkpoint.pth")
-    for key in checkpoint.keys() - {"args"}:
-        walk(key, checkpoint[key])
-    return found
-
-
 def assert_same_run(a, b):
-    a, b = everything(a), everything(b)
-    assert a.keys() == b.keys() and len(a) > 300
-    differ = [name for name in a if not (torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name])]
-    assert not differ, differ[:5]
+    assert everything(a).keys() == everything(b).keys() and len(everything(a)) > 300
+    assert not differences(a, b)
 
 
 @pytest.fixture(scope="module")
@@ -222,20 +202,6 @@ def two_processes(digits, folder, *extra):
             "--batch_size_per_gpu", "10", "--save_every_steps", "2", "--print_freq", "1", *extra]
 
 
-def children(process):
-    """{rank: process id} of torchrun's processes, read from their environment."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == process.pid:
-                words = (entry / "environ").read_bytes().split(b"\0")
-                found |= {int(word[5:]): int(entry.name) for word in words if word.startswith(b"RANK=")}
-        except (OSError, ValueError, IndexError):
-            continue
-    return found
-
-
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
 def test_processes_are_killed(digits, tmp_path):
     """torchrun ends soon when one of two is killed; with --max-restarts it goes on by itself; the end is as without kills."""
@@ -297,6 +263,10 @@ def test_truncated_newest_checkpoint_is_named_and_the_one_before_used(whole, dig
         file.write('{"train_loss": 1.0, "ep{"epoch": 0}\n')  # a full disk, then room again
     train(*flags)
     assert_same_run(tmp_path, whole)
+    good = newest.read_bytes()
+    train(*flags[:-1], before.name)  # asked for by name: the newest, which is good, is kept
+    assert_same_run(tmp_path, whole)
+    assert before.read_bytes() == good
     for path in (newest, before):
         path.write_bytes(b"rotten")
     with pytest.raises(utils.InputError, match="none of the 2 checkpoints"):
@@ -400,6 +370,17 @@ def test_dead_loader_process_is_reported(digits, tmp_path):
 
 
 # ---------------------------------------------------------------- numbers
+
+def test_loader_process_that_dies_while_it_hands_over_is_reported(capsys):
+    """The socket breaks before torch learns of the death."""
+    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
+        def broken(error=error):
+            raise error
+        with pytest.raises(SystemExit):
+            utils.run(broken)
+        line = capsys.readouterr().err
+        assert line.startswith("error: a loader process died: DataLoader worker broke off, ") and line.count("\n") == 1
+
 
 def poison(monkeypatch, step_numbers):
     """The crops of these steps hold a NaN."""

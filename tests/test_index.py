@@ -274,7 +274,7 @@ def test_a_file_system_without_locks(folder, cache, monkeypatch):
 
     def refuse(*_):
         raise OSError(37, "No locks available")
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     check(open_folder(folder), folder)
     assert list(cache.glob("*.index"))
 
