@@ -16,7 +16,7 @@ import math
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -139,7 +139,7 @@ def get_args_parser():
                      help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
     run.add_argument("--compile", default=None, type=flag,
-                     help="compile blocks, head and loss (a minute or more at the start); default: on CUDA")
+                     help="compile blocks, head and loss, at the first steps; default: on CUDA")
     run.add_argument("--grad_checkpointing", default=False, type=flag,
                      help="compute each block again in the backward pass instead of keeping its activations")
     run.add_argument("--seed", default=0, type=int)
@@ -374,7 +374,7 @@ def build_networks(args):
 def build_optimizer(name, parameter_groups, device):
     """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step.
 
-    With float16 the gradient scaler waits for the device before each step of SGD and LARS; fused AdamW needs no wait.
+    SGD and LARS wait for the device before each step, to learn whether it may be made; fused AdamW does not.
     """
     if name == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
@@ -427,14 +427,13 @@ def train_ibot(args):
     SIGUSR1 came and the run is saved.
     """
     check_args(args)
-    signals = utils.StopSignals()
-    try:
-        pretrain(args, signals)
-    finally:
-        signals.restore()
+    with ExitStack() as at_end:
+        signals = utils.StopSignals()
+        at_end.callback(signals.restore)
+        pretrain(args, signals, at_end)
 
 
-def pretrain(args, signals):
+def pretrain(args, signals, at_end):
     process = utils.init_process(args.device, args.dist_url)
     device, main_process = process.device, process.rank == 0
     output_dir = Path(args.output_dir)
@@ -508,8 +507,11 @@ def pretrain(args, signals):
 
     writer = None
     if main_process:
+        if args.load_from == "auto" and path == output_dir / PREVIOUS:
+            path = path.replace(output_dir / CHECKPOINT)  # which is damaged: the next save is not to keep that one
         start_output(output_dir, start_epoch if path else None)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
+        at_end.callback(close_writer, writer)
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
@@ -548,7 +550,7 @@ def pretrain(args, signals):
         if progress["step"] and len(progress["random"]) == process.world_size:
             try:
                 utils.set_random_state(progress["random"][process.rank], device)
-            except (RuntimeError, ValueError, IndexError) as error:
+            except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
         batches = loader.device_batches(data_loader, device, photometry)
         check = partial(check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
@@ -569,7 +571,6 @@ def pretrain(args, signals):
         progress = new_progress() | {"dropped": progress["dropped"]}
         save_now(epoch + 1, progress)
     if main_process:
-        writer.close()
         if start_epoch >= args.epochs:
             print(f"nothing to do: {path} has finished {start_epoch} epochs")
         print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / CHECKPOINT}")
@@ -629,11 +630,12 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu() for parts in (real, predicted))
         return save_now(epoch, progress | {"labels": labels, "clusters": clusters})
 
-    for it in range(progress["step"], steps):
+    first = progress["step"]
+    for it in range(first, steps):
         step = epoch * steps + it
         log_step = (it + 1) % args.print_freq == 0 or it + 1 == steps
-        before = utils.random_state(device)
-        if args.save_every_steps and it and step % args.save_every_steps == 0:
+        before = utils.random_state(device) if args.accum_iter > 1 else None
+        if args.save_every_steps and it > first and step % args.save_every_steps == 0:
             save_here()
         try:
             means, watched, labels, clusters = train_step(
@@ -644,7 +646,8 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
                 watch=log_step)
         except utils.Preempted:
             ibot_loss.teacher_means.clear()  # of batches of this update, which a resumed run computes again
-            utils.set_random_state(before, device)
+            if before is not None:  # with one batch an update nothing was drawn before the stop
+                utils.set_random_state(before, device)
             failed = not save_here()
             if utils.host_reduce(int(failed)):  # also waits for process 0, which a launcher would kill when another ends
                 raise utils.InputError("a signal asked to stop, but the run could not be saved") from None
@@ -805,7 +808,14 @@ def log_scalars(writer, group, values, step):
             if name != "nonfinite":
                 writer.add_scalar(f"{group}/{name}", value, step)
     except OSError as error:
-        utils.warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
+        utils.say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
+
+
+def close_writer(writer):
+    try:
+        writer.close()
+    except OSError as error:
+        utils.say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
 
 
 def write_logs(output_dir, epoch, stats, writer, bad):
@@ -814,10 +824,10 @@ def write_logs(output_dir, epoch, stats, writer, bad):
     try:
         with open(output_dir / "log.txt", "a") as file:
             file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
-        if bad:
-            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
     except OSError as error:
-        utils.warn_once(f"{output_dir / 'log.txt'} cannot be written ({error.strerror})")
+        utils.say_once(f"warning: {output_dir / 'log.txt'} cannot be written ({error.strerror})")
+    if bad:
+        write_bad_images(output_dir, bad)
 
 
 def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
@@ -842,10 +852,17 @@ def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
 def bad_images(dataset, before, device):
     """Sorted paths of all images found unreadable, by any process, and `before` a resume. All processes call it."""
     if utils.get_world_size() > 1:
-        bad = dataset.bad.to(device)
+        bad = dataset.bad.to(device, copy=True)
         torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        dataset.bad.copy_(bad)
+        torch.maximum(dataset.bad, bad.cpu(), out=dataset.bad)  # workers may have found more meanwhile
     return sorted(before | set(dataset.bad_files()))
+
+
+def write_bad_images(output_dir, names):
+    try:
+        (output_dir / BAD_IMAGES).write_text("\n".join(names) + "\n")
+    except OSError as error:
+        utils.say_once(f"warning: {output_dir / BAD_IMAGES} cannot be written ({error.strerror})")
 
 
 def check_images(dataset, before, most, output_dir, device):
@@ -856,7 +873,7 @@ def check_images(dataset, before, most, output_dir, device):
     bad = bad_images(dataset, before, device)
     if len(bad) > limit:
         if utils.is_main_process():
-            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
+            write_bad_images(output_dir, bad)
         raise utils.InputError(f"{len(bad)} of {len(dataset)} images cannot be read, more than --max_bad_images {most:g}; "
                                f"{output_dir / BAD_IMAGES} has their names")
 
@@ -880,16 +897,11 @@ def start_output(output_dir, epoch):
     `check_args`), with it what `log.txt` says of that epoch and later ones, which will be run again."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        utils.trim_log(output_dir / "log.txt", epoch)  # there is none in a fresh start
     except OSError as error:
-        raise utils.InputError(f"--output_dir {output_dir}: {error.strerror}") from error
-    for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    log = output_dir / "log.txt"
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["epoch"] < epoch]
-        if kept != lines:
-            log.write_text("".join(kept))
+        raise utils.InputError(f"--output_dir {error.filename or output_dir}: {error.strerror}") from error
 
 
 def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress):
@@ -902,7 +914,8 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     def wrapped(network):
         return {f"module.{name}": value for name, value in network.state_dict().items()}
 
-    tensors = [*student.parameters(), *teacher.parameters(), *ibot_loss.buffers()]
+    tensors = [x for module in (student, teacher, ibot_loss) for x in (*module.parameters(), *module.buffers())
+               if x.is_floating_point()]
     if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
         raise FloatingPointError(f"a weight or centre became non-finite in epoch {epoch}; the last checkpoint is intact")
     state = {

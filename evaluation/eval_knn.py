@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from evaluation.common.arguments import evaluation_parser, int_from
-from evaluation.common.data import image_sets
 from evaluation.common.knn import knn_classify, topk_accuracy, usable_ks
-from evaluation.common.protocol import extract_features_of_keys, read_backbones
-from evaluation.common.results import append_result, shared_settings
+from evaluation.common.protocol import extract_features_of_keys, read_backbones, read_sets, start_process
+from evaluation.common.results import append_result, results_folder, shared_settings
 
 
 def get_args_parser():
@@ -39,9 +38,9 @@ def evaluate(args, key, backbone, sets, features, ks, device):
     accuracy = {k: topk_accuracy(ranked, val_labels) for k, ranked in predictions.items()}
     for k, (top1, top5) in accuracy.items():
         print(f"{key}, {k}-NN: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
-    if args.output_dir:
+    if results_folder(args):
         settings = shared_settings(args, backbone, train, val) | {"temperature": args.temperature}
-        append_result(args.output_dir, "knn", args.pretrained_weights, key, settings,
+        append_result(results_folder(args), "knn", args.pretrained_weights, key, settings,
                       {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()})
     return accuracy
 
@@ -50,12 +49,9 @@ def main():
     args = get_args_parser().parse_args()
     if args.temperature <= 0:
         raise utils.InputError(f"--temperature {args.temperature}: must be above 0")
-    process = utils.init_process(args.device, args.dist_url)
-    if process.rank == 0:
-        print(utils.describe_run(args, process), flush=True)
+    process = start_process(args)
     backbones, _ = read_backbones(args)
-    sets = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
-                      download=args.download)
+    sets = read_sets(args)
     ks = usable_ks(args.nb_knn, len(sets[0]))
     features = extract_features_of_keys(args, backbones, sets, process)
     if process.rank == 0:

@@ -51,10 +51,12 @@ def evaluation_parser(description):
     data.add_argument("--image_size", type=int_from(1),
                       help="side in pixels; by default that of the checkpoint's global crops, else 224")
     data.add_argument("--batch_size_per_gpu", type=int_from(1), default=128, help="images per process and batch")
-    data.add_argument("--num_workers", type=int_from(0), default=10, help="loader workers per process")
+    data.add_argument("--num_workers", type=int_from(0), default=utils.default_workers(),
+                      help="loader workers per process; by default its share of the cores less one, at most 10")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", help="folder whose results.json gets a record of this evaluation")
+    run.add_argument("--results_dir", help="another folder for results.json")
     run.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     run.add_argument("--dist_url", default="env://", help="where the processes meet")
     # Old launchers pass it; the environment says the same.
