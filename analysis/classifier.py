@@ -15,6 +15,8 @@ from analysis.common import add_run_flags
 from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.features import feature_dim, pool_features
+from evaluation.common.protocol import start_process
+from evaluation.common.results import append_result, read_results
 
 
 class Classifier(nn.Module):
@@ -81,6 +83,23 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
     linear = nn.Linear(F, C)
     utils.load_strictly(linear, {"weight": parts[0], "bias": parts[1]}, path)
     return Classifier(backbone.model, linear, **settings).eval().requires_grad_(False), backbone
+
+
+def start(args, num_classes=None):
+    """(Process, Classifier on its device, EvaluatedBackbone) for flags of `classifier_parser`; see `load_classifier`."""
+    process = start_process(args)
+    if args.output_dir:
+        read_results(args.output_dir)  # a damaged file is found before the work
+    classifier, backbone = load_classifier(args.checkpoint, args.arch, args.patch_size, num_classes)
+    return process, classifier.to(process.device), backbone
+
+
+def record(args, protocol, backbone, settings, metrics):
+    """Add a result to OUTPUT_DIR/results.json, if there is an `--output_dir`. Call it on rank 0 only."""
+    if args.output_dir:
+        settings = {"arch": backbone.arch, "patch_size": backbone.patch_size, "image_size": backbone.image_size,
+                    "weights_hash": backbone.weights_hash, "data": args.data} | settings
+        append_result(args.output_dir, protocol, args.checkpoint, backbone.key, settings, metrics)
 
 
 def own_batches(dataset, batch_size, num_workers, process):

@@ -1,6 +1,6 @@
 """What the analyses share: flags, the network looked at, attention of [CLS], image folders and drawing.
 
-Letters: B images, N patch tokens (h x w cells), D width, n values of a curve.
+Letters: B images, N patch tokens (h x w cells), D width.
 """
 import argparse
 import math
@@ -40,8 +40,10 @@ def analysis_parser(description, weights="--pretrained_weights", data="data/imag
 
 def add_run_flags(parser, batch_size=32):
     """Flags that say how a script runs, not what it does."""
-    parser.add_argument("--batch_size", type=int_from(1), default=batch_size, help="images per process and batch")
-    parser.add_argument("--num_workers", type=int_from(0), default=4, help="loader workers per process")
+    parser.add_argument("--batch_size", "--batch_size_per_gpu", type=int_from(1), default=batch_size,
+                        help="images per process and batch")
+    parser.add_argument("--num_workers", type=int_from(0), default=utils.default_workers(),
+                        help="loader workers per process; by default its share of the cores less one, at most 10")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--dist_url", default="env://", help="where the processes meet")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -186,61 +188,3 @@ def tag(picture, text):
     draw.rectangle((0, 0, right + 4, bottom + 4), fill=(20, 20, 20))
     draw.text((4, 3), text, fill="white", font=letters)
     return picture
-
-
-# Distinct for the colour-blind too (Okabe and Ito, 2008).
-LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-
-
-def ticks(low, high):
-    """About five round values from `low` to `high`."""
-    rough = (high - low) / 5
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def line_chart(curves, path, x_label, y_label, log_x=False, y_range=None):
-    """Write curves {name: [(x, y), ...]} with axes and a legend as a picture; `log_x`: x > 0, marked at its own values."""
-    width, height, left, top, right, bottom = 640, 420, 64, 20, 20, 56
-    points = [point for curve in curves.values() for point in curve]
-    scale = math.log10 if log_x else float
-    xs = [scale(x) for x, _ in points]
-    ys = y_range or (min(y for _, y in points), max(y for _, y in points))
-    pad = 0 if y_range else max(0.05 * (ys[1] - ys[0]), 1e-3)
-    (x0, x1), (y0, y1) = (min(xs), max(max(xs), min(xs) + 1e-9)), (ys[0] - pad, ys[1] + pad)
-
-    def place(x, y):
-        return (left + (scale(x) - x0) / (x1 - x0) * (width - left - right),
-                height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom))
-
-    factor = 2  # drawn twice as large, then reduced: smooth lines
-    canvas = Image.new("RGB", (factor * width, factor * height), "white")
-    draw, letters = ImageDraw.Draw(canvas), font(12 * factor)
-
-    def at(x, y):
-        return factor * x, factor * y
-
-    def text(x, y, words, anchor, colour="black"):
-        draw.text(at(x, y), words, fill=colour, font=letters, anchor=anchor)
-
-    for y in ticks(y0, y1):
-        _, row = place(points[0][0], y)
-        draw.line((*at(left, row), *at(width - right, row)), fill="#dddddd", width=factor)
-        text(left - 6, row, f"{y:g}", "rm")
-    for x in sorted({x for x, _ in points}) if log_x else ticks(x0, x1):
-        column, _ = place(x, y0)
-        draw.line((*at(column, height - bottom), *at(column, height - bottom + 4)), fill="black", width=factor)
-        text(column, height - bottom + 14, f"{x:g}", "mm")
-    draw.line((*at(left, top), *at(left, height - bottom), *at(width - right, height - bottom)), fill="black", width=factor)
-    text((left + width - right) / 2, height - bottom + 36, x_label, "mm")
-    text(8, 10, y_label, "lm")
-    for number, (name, curve) in enumerate(curves.items()):
-        colour = LINE_COLOURS[number % len(LINE_COLOURS)]
-        line = [at(*place(x, y)) for x, y in curve]
-        draw.line(line, fill=colour, width=2 * factor, joint="curve")
-        for x, y in line:
-            draw.ellipse((x - 3 * factor, y - 3 * factor, x + 3 * factor, y + 3 * factor), fill=colour)
-        if len(curves) > 1:
-            text(width - right - 4, top + 8 + 16 * number, name, "rm", colour)
-    canvas.resize((width, height), Image.Resampling.LANCZOS).save(path)

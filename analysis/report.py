@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import common
 from evaluation.common.arguments import int_from
+from evaluation.common.charts import draw_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 STYLE = """
@@ -131,7 +132,7 @@ def plan(args, backbone, root, images, out):
                  "--output_dir", robust]
     return steps + [
         Step("Parts of an image", [["linear_part/eval.py", *probe, "--topk", *ks, "--output_dir", out / "linear_part"]],
-             [(out / "linear_part", "accuracy.png", 1)], r"k = \d+: top-1"),
+             [(out / "linear_part", "accuracy.png", 1)], r"k = \d+, best: top-1"),
         Step("Linear classifier", [
             ["../evaluation/eval_linear_multi.py", *probe, "--n_last_blocks", min(4, len(backbone.model.blocks)),
              "--output_dir", linear],
@@ -200,7 +201,7 @@ def training_section(folder, out):
         return None  # a log of something else
     if not epochs:
         return None
-    common.line_chart(curves, out / "loss.png", "epoch", "training loss")
+    draw_curves(curves, "Losses of pre-training", out / "loss.png")
     return section("Training", figures([(out, "loss.png", 1), (folder / "pictures", "crops.png", 1)]))
 
 

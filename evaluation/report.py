@@ -15,13 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from PIL import Image, ImageDraw, ImageFont
-
 import utils
+from evaluation.common.charts import draw_curves
 from evaluation.common.results import read_results
 
 PROTOCOLS = {"knn": "k-NN", "linear": "linear, sweep", "linear_solo": "linear, one rate", "logistic": "logistic regression",
-             "unsupervised": "clusters"}
+             "unsupervised": "clusters", "linear_part": "part-wise linear", "imagenet9": "ImageNet-9",
+             "backgrounds_challenge": "adversarial backgrounds", "imagenet_a": "ImageNet-A", "imagenet_c": "ImageNet-C",
+             "occlusion": "occlusion", "shuffle": "shuffled cells"}
+HEADS = ("linear", "linear_solo", "linear_part")  # protocols that train heads
 
 # The paper's top-1 accuracies on ImageNet-1K (iBOT, Tables 1, 9, 10, 15, 19; random masks: its repository): network, patch
 # (Swin: window), epochs, what is special, k-NN, linear. A network's first row is the one that results stand beside.
@@ -49,9 +51,6 @@ TRAIN_IMAGES, VAL_IMAGES = 1281167, 50000
 SUBSET_IMAGES = (12811, 128116)
 PUBLISHED_SUBSETS = {"knn": (62.3, 70.1), "linear": (62.5, 72.2), "linear_solo": (62.5, 72.2), "logistic": (65.9, 73.4)}
 PUBLISHED_CLUSTERS = {"acc": 43.4, "ari": 32.8, "nmi": 78.6, "fmi": 35.6}
-
-SIDE, LINE, SCALE = (720, 400), 3, 2  # pixels of a picture and of a line, drawn SCALE times as large for smooth edges
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 
 
 # ---------------------------------------------------------------- records
@@ -95,16 +94,17 @@ def numbers(values):
 def variants(record):
     """[(text, {metric: number}, is it the one that the paper reports?)] of a record: each k, lambda, epoch, ..."""
     metrics, protocol = record["metrics"], record["protocol"]
-    parts = {name: values for name, values in metrics.items() if isinstance(values, dict)} or {"": metrics}
+    parts = {name: values for name, values in metrics.items() if isinstance(values, dict) and numbers(values)}
+    parts = ({"": metrics} if numbers(metrics) or not parts else {}) | parts
     best = max(parts, key=lambda name: numbers(parts[name]).get("top1", -math.inf), default=None)
-    if protocol in ("linear", "linear_solo"):
+    if protocol in HEADS:
         best = "best"
     elif protocol == "unsupervised":
         best = "head"
     result = []
     for name, values in parts.items():
         text = {"knn": f"k = {name}", "logistic": f"lambda {name}"}.get(protocol, name.replace("_", " "))
-        if protocol in ("linear", "linear_solo"):
+        if protocol in HEADS:
             text += "".join(f", {what} {value:g}" for what, value in numbers(values).items() if what in ("epoch", "lr"))
             if values.get("optimizer", "sgd") != "sgd" or values.get("weight_decay"):
                 text += f", {values.get('optimizer')}, decay {values.get('weight_decay')}"
@@ -241,71 +241,19 @@ def curves(folder):
         series = {name: [(epoch, values[f"train_{key}"]) for epoch, values in epochs.items() if f"train_{key}" in values]
                   for key, name in (("loss", "total"), ("cls", "[CLS]"), ("patch", "patch"))}
         pictures["losses"] = "Losses of pre-training", series
-    series = {}
-    for kind in ("linear", "linear_solo"):  # sub-folders of run.sh, with one per key
+    heads = {"linear": {}, "linear_part": {}}
+    for kind in HEADS:  # sub-folders of run.sh, with one per key
+        series = heads["linear_part" if kind == "linear_part" else "linear"]
         for path in sorted((folder / kind).glob("**/log.txt")):
             key = path.parent.relative_to(folder / kind).as_posix()
             top1 = {epoch: [value for name, value in values.items() if re.fullmatch(r"test_acc(1|\d+@1)", name)]
                     for epoch, values in read(path).items()}
             series[f"{key}, {PROTOCOLS[kind]}"] = [(epoch, max(found)) for epoch, found in top1.items() if found]
-    pictures["linear"] = "Top-1 accuracy of linear probes in percent (of a sweep: the epoch's best head)", series
+    for name, what in (("linear", "linear probes"), ("linear_part", "part-wise linear probes")):
+        pictures[name] = f"Top-1 accuracy of {what} in percent (of a sweep: the epoch's best head)", heads[name]
     pictures = {name: (title, {what: points for what, points in series.items() if points})
                 for name, (title, series) in pictures.items()}
     return {name: picture for name, picture in pictures.items() if picture[1]}, notes
-
-
-def ticks(low, high, count=6):
-    """Round numbers, about `count`, within [low, high]."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def draw_curves(series, title, path):
-    """Write `series`, {name: [(epoch, value)]}, as a picture with axes and a legend."""
-    def spread(values):
-        low, high = min(values), max(values)
-        margin = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * abs(low), 1e-6)
-        return low - margin, high + margin
-
-    everything = [point for points in series.values() for point in points]
-    (left, right), (low, high) = (spread([point[i] for point in everything]) for i in (0, 1))
-    width, height = (side * SCALE for side in SIDE)
-    image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12 * SCALE)
-    x0, x1, y0 = 64 * SCALE, width - 16 * SCALE, height - 44 * SCALE
-    names, legend, x, y = [utils.printable(name) for name in series], [], x0, 42 * SCALE
-    for name in names:
-        length = 44 * SCALE + draw.textlength(name, font)
-        if x > x0 and x + length > x1:
-            x, y = x0, y + 16 * SCALE
-        legend.append((x, y))
-        x += length
-    y1 = y + 16 * SCALE
-
-    def place(x, y):
-        return x0 + (x - left) / (right - left) * (x1 - x0), y0 + (y - low) / (high - low) * (y1 - y0)
-
-    for value in ticks(low, high):
-        y = place(left, value)[1]
-        draw.line((x0, y, x1, y), "#e0e0e0", SCALE)
-        draw.text((x0 - 6 * SCALE, y), f"{value:.6g}", "black", font, "rm")
-    for value in sorted({round(value) for value in ticks(left, right, 10) if value >= 0}):
-        x = place(value, low)[0]
-        draw.line((x, y0, x, y0 + 4 * SCALE), "black", SCALE)
-        draw.text((x, y0 + 7 * SCALE), str(value), "black", font, "ma")
-    draw.rectangle((x0, y1, x1, y0), outline="black", width=SCALE)
-    draw.text(((x0 + x1) / 2, height - 6 * SCALE), "epoch", "black", font, "md")
-    draw.text((x0, 8 * SCALE), title, "black", font, "la")
-    for i, (name, points, (x, y)) in enumerate(zip(names, series.values(), legend, strict=True)):
-        colour, radius = COLOURS[i % len(COLOURS)], LINE * SCALE
-        draw.line((x, y, x + 20 * SCALE, y), colour, LINE * SCALE)
-        draw.text((x + 26 * SCALE, y), name, "black", font, "lm")
-        places = [place(*point) for point in points]
-        draw.line(places, colour, LINE * SCALE // 2, "curve")
-        for x, y in places if len(places) < 40 else places[-1:]:
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-    image.reduce(SCALE).save(path)
 
 
 # ---------------------------------------------------------------- the report

@@ -7,7 +7,7 @@ from analysis_data import nano, run_main, write_checkpoint
 
 import utils
 from analysis.linear_part import eval as linear_part
-from evaluation.common.linear import sweep_configs
+from evaluation.common.linear import ProbeRun, sweep_configs
 
 
 def test_features_by_hand():
@@ -52,30 +52,33 @@ def records(folder):
 
 def test_two_processes_equal_one_and_resumed(checkpoint, digits, call, tmp_path, monkeypatch):
     run_main(monkeypatch, linear_part, *flags(checkpoint, digits, tmp_path / "1", "--batch_size", "40"))
-    call("analysis/linear_part/eval.py", *flags(checkpoint, digits, tmp_path / "2", "--batch_size_per_gpu", "20", "--device", "cpu", "--num_workers", "0"), processes=2)
+    call("analysis/linear_part/eval.py", *flags(checkpoint, digits, tmp_path / "2", "--batch_size_per_gpu", "20", "--device",
+                                                "cpu", "--num_workers", "0"), processes=2)
     one, two = records(tmp_path / "1"), records(tmp_path / "2")
     assert set(one) == {("teacher", k) for k in (1, 16, 4)} and (tmp_path / "1/accuracy.png").stat().st_size > 1000
     for place, record in one.items():
         assert record["metrics"]["best"]["top1"] == pytest.approx(two[place]["metrics"]["best"]["top1"], abs=2.5)  # an image of 41
-        name = f"teacher_top{place[1]}/checkpoint_teacher_linear_last.pth"
-        a, b = (torch.load(tmp_path / n / name)["state_dict"] for n in "12")
+        a, b = (torch.load(tmp_path / n / f"top{place[1]}/checkpoint_teacher_linear_last.pth")["state_dict"] for n in "12")
         for key in ("0.module.linear.weight", "9.module.linear.weight", "9.module.linear.bias"):  # large rates diverge
             torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=1e-3)
 
-    calls, plain = [], linear_part.save_validation
+    # Stopped between the files of two k: those that are behind catch up.
+    calls, plain = [], ProbeRun.validate
 
-    def stop(part, key, configs, scale, epoch, *rest):
-        if epoch == 2:
+    def stop(run, epoch, *rest):
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        calls.append(plain(part, key, configs, scale, epoch, *rest))
+        calls.append(plain(run, epoch, *rest))
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(linear_part, "save_validation", stop)
+        patch.setattr(ProbeRun, "validate", stop)
         run_main(patch, linear_part, *flags(checkpoint, digits, tmp_path / "3", "--batch_size", "40"))
-    run_main(monkeypatch, linear_part, *flags(checkpoint, digits, tmp_path / "3", "--batch_size", "40", "--resume", "true"))
+    for _ in range(2):  # the second time there is nothing to do
+        run_main(monkeypatch, linear_part, *flags(checkpoint, digits, tmp_path / "3", "--batch_size", "40", "--load_from", "auto"))
+    assert len(json.loads((tmp_path / "3/results.json").read_text())) == 3
     for place, record in records(tmp_path / "3").items():
         assert record["metrics"] == one[place]["metrics"]
-        logs = [(tmp_path / n / f"teacher_top{place[1]}/log.txt").read_text() for n in "13"]
+        logs = [(tmp_path / n / f"top{place[1]}/log.txt").read_text() for n in "13"]
         assert logs[0] == logs[1] and logs[0].count("\n") == 3
 
 
@@ -83,13 +86,13 @@ def test_random_crops_and_two_keys(checkpoint, digits, tmp_path, monkeypatch):
     run_main(monkeypatch, linear_part, *flags(checkpoint, digits, tmp_path, "--augment", "true", "--checkpoint_key", "teacher,student",
                                               "--epochs", "1", "--reverse_top", "true"))
     assert set(records(tmp_path)) == {(key, k) for key in ("teacher", "student") for k in (1, 16, 4)}
-    assert (tmp_path / "student_top4_reverse/checkpoint_student_linear.pth").exists()
+    assert (tmp_path / "student/top4_reverse/checkpoint_student_linear.pth").exists()
 
 
 @pytest.mark.parametrize("words, message", [
     (("--topk", "17"), "--topk 17: images of 32 pixels have 16 patches"),
     (("--topk", "3", "3"), "a number is there twice"),
-    (("--resume", "true"), "checkpoint_teacher_linear_last.pth does not exist"),
+    (("--load_from", "last.pth"), "top1/last.pth does not exist"),
     (("--data_path", "/nowhere"), "/nowhere/train"),
 ])
 def test_mistakes_are_named(checkpoint, digits, tmp_path, monkeypatch, words, message):

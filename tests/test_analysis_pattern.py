@@ -50,15 +50,6 @@ def test_heat_map_is_close_to_matplotlibs():
     assert (common.heat_map(np.array([[0, 1]]), "inferno")[0] == ((0, 0, 4), (252, 255, 164))).all()
 
 
-def test_line_chart_puts_points_in_their_places(tmp_path):
-    common.line_chart({"a": [(0, 0.0), (10, 100.0)], "b": [(0, 50.0), (10, 50.0)]}, tmp_path / "c.png", "x", "y", y_range=(0, 100))
-    pixels = np.asarray(Image.open(tmp_path / "c.png")).astype(int)
-    blue = np.argwhere(abs(pixels - (0, 0x72, 0xb2)).max(-1) < 12)
-    assert blue[blue[:, 1].argmin(), 0] == pytest.approx(420 - 56, abs=4) and blue[:, 0].min() == pytest.approx(20 - 3, abs=3)
-    orange = np.argwhere(abs(pixels - (0xd5, 0x5e, 0)).max(-1) < 12)
-    assert np.median(orange[:, 0]) == pytest.approx((20 + 364) / 2, abs=2)
-
-
 def test_swin_is_refused(tmp_path):
     with pytest.raises(utils.InputError, match="swin_tiny has no .CLS. token"):
         common.load_vit("random", arch="swin_tiny")

@@ -8,11 +8,13 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import utils
 from evaluation import eval_knn, report
+from evaluation.common import charts
 from evaluation.common.results import append_result, read_results
 
 ROOT = Path(report.__file__).parent.parent
@@ -216,7 +218,7 @@ def test_curves(tmp_path, capsys):
     assert notes[0] in printed
     for name in re.findall(r"!\[.*\]\((.*)\)", text):
         with Image.open(tmp_path / name) as image:
-            assert image.format == "PNG" and image.size == report.SIDE
+            assert image.format == "PNG" and image.size == charts.SIDE
             assert len(image.getcolors(2**20)) > 20  # axes, text and lines
     assert len(re.findall(r"!\[", text)) == 2
 
@@ -226,16 +228,30 @@ def test_curves(tmp_path, capsys):
     [(e, 1000 + 1e-9 * e) for e in range(50)], [(3, 0), (4, 0)]])
 def test_any_curve_can_be_drawn(tmp_path, points):
     series = {f"a curve with quite a long name, number {i}": points for i in range(7)}
-    report.draw_curves(series, "title", tmp_path / "a.png")
+    charts.draw_curves(series, "title", tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**20)}
-    assert {tuple(bytes.fromhex(colour[1:])) for colour in report.COLOURS} <= colours
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in charts.COLOURS} <= colours
+
+
+def test_points_are_in_their_places(tmp_path):
+    """Also on a logarithmic axis: 1, 10 and 100 are equally far from each other."""
+    for log_x, middle in ((False, 50.5), (True, 10)):
+        curves = {"a": [(1, 0.0), (middle, 50.0), (100, 100.0)], "b": [(1, 50.0), (100, 50.0)]}
+        charts.draw_curves(curves, "", tmp_path / "a.png", log_x=log_x)
+        with Image.open(tmp_path / "a.png") as image:
+            pixels = np.asarray(image.convert("RGB")).astype(int)[70:]  # below the legend
+        a, b = (np.argwhere(abs(pixels - tuple(bytes.fromhex(colour[1:]))).max(-1) < 12) for colour in charts.COLOURS[:2])
+        (top, left), (bottom, right) = a.min(0), a.max(0)
+        assert np.median(b[:, 0]) == pytest.approx((top + bottom) / 2, abs=2)
+        at_half = a[abs(a[:, 0] - (top + bottom) / 2) < 3, 1]
+        assert at_half.mean() == pytest.approx((left + right) / 2, abs=3) and a[a[:, 1].argmin(), 0] > bottom - 8
 
 
 def test_ticks():
-    assert report.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert report.ticks(0.93, 4.1) == [1, 2, 3, 4]
-    assert report.ticks(-0.05, 1.05) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert charts.ticks(0.93, 4.1) == [1, 2, 3, 4]
+    assert charts.ticks(-0.05, 1.05) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
 
 
 # ---------------------------------------------------------------- pre-training, evaluations and report in one go

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 import utils
 from analysis import common
 from evaluation.common.arguments import int_from
+from evaluation.common.protocol import start_process
 from loader import load_rgb, normalize
 
 CODES = {"mp4": "mp4v", "avi": "XVID"}
@@ -127,7 +128,7 @@ def main():
     else:
         if args.pretrained_weights is None:
             raise utils.InputError("--pretrained_weights: is needed unless --video_only is given")
-        process = utils.init_process(args.device, args.dist_url)
+        process = start_process(args)
         backbone, _ = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
         model, pictures = backbone.model.to(process.device), []
         if source.is_dir():

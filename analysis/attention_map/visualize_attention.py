@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Subset
 import utils
 from analysis import common
 from evaluation.common.arguments import int_from
+from evaluation.common.protocol import start_process
 from loader import load_rgb
 
 COLOURS = ((0, 160, 215), (220, 55, 60), (245, 180, 0), (10, 120, 190), (40, 150, 100), (135, 75, 145))
@@ -87,7 +88,7 @@ def main():
         raise utils.InputError(f"--image_size {' '.join(map(str, args.image_size))}: give height and width")
     if not 0 < args.threshold <= 1:
         raise utils.InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
-    process = utils.init_process(args.device, args.dist_url)
+    process = start_process(args)
     if process.world_size > 1:
         raise utils.InputError("visualize_attention.py runs in one process")
     backbone, _ = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)

@@ -19,9 +19,8 @@ from torchvision.transforms import v2
 
 import utils
 from analysis.backgrounds_challenge.in9 import DATA, WHERE, right, variant_images
-from analysis.classifier import classifier_parser, load_classifier, require, summed
+from analysis.classifier import classifier_parser, record, require, start, summed
 from evaluation.common.arguments import int_from
-from evaluation.common.results import append_result
 from loader import load_rgb, normalize
 
 
@@ -73,13 +72,11 @@ def is_vulnerable(classifier, image, mask, label, backgrounds, batch_size, devic
 
 def main():
     args = get_args_parser().parse_args()
-    process = utils.init_process(args.device, args.dist_url)
-    classifier, backbone = load_classifier(args.checkpoint, args.arch, args.patch_size, 1000)
+    process, classifier, backbone = start(args, 1000)
     files = foreground_files(args.data)
     if args.foregrounds:
         places = np.linspace(0, len(files) - 1, min(args.foregrounds, len(files))).round().astype(int)
         files = [files[i] for i in places]
-    classifier.to(process.device)
     # Once, as bytes (0.6 GB): each is needed for every foreground.
     images = variant_images(args.data, "only_bg_t", v2.PILToTensor())
     backgrounds = torch.stack([images[i][0] for i in range(len(images))])
@@ -93,10 +90,8 @@ def main():
     share = 100 * summed(vulnerable, process).item() / len(files)
     if process.rank == 0:
         print(f"vulnerable foregrounds: {share:.2f} % of {len(files)}; challenge accuracy {100 - share:.2f} %", flush=True)
-        if args.output_dir:
-            append_result(args.output_dir, "backgrounds_challenge", args.checkpoint, backbone.key,
-                          {"arch": backbone.arch, "data": args.data, "foregrounds": len(files)},
-                          {"vulnerable": share, "challenge_accuracy": 100 - share})
+        record(args, "backgrounds_challenge", backbone, {"foregrounds": len(files)},
+               {"vulnerable": share, "challenge_accuracy": 100 - share})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import utils
 from analysis.backgrounds_challenge.in9 import DATA, VARIANTS, right, variant_images
-from analysis.classifier import accuracy, classifier_parser, load_classifier
-from evaluation.common.results import append_result
+from analysis.classifier import accuracy, classifier_parser, record, start
 
 
 def get_args_parser():
@@ -23,10 +22,8 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    process = utils.init_process(args.device, args.dist_url)
-    classifier, backbone = load_classifier(args.checkpoint, args.arch, args.patch_size, 1000)
+    process, classifier, backbone = start(args, 1000)
     sets = {variant: variant_images(args.data, variant) for variant in args.variants}  # all are there before the first runs
-    classifier.to(process.device)
     metrics = {}
     for variant, images in sets.items():
         metrics[variant] = 100 * accuracy(classifier, images, args.batch_size, args.num_workers, process, right)
@@ -36,9 +33,8 @@ def main():
         metrics["bg_gap"] = metrics["mixed_same"] - metrics["mixed_rand"]
         if process.rank == 0:
             print(f"background gap (mixed_same - mixed_rand): {metrics['bg_gap']:.2f}", flush=True)
-    if process.rank == 0 and args.output_dir:
-        append_result(args.output_dir, "imagenet9", args.checkpoint, backbone.key,
-                      {"arch": backbone.arch, "data": args.data, "images": {v: len(s) for v, s in sets.items()}}, metrics)
+    if process.rank == 0:
+        record(args, "imagenet9", backbone, {"images": {variant: len(images) for variant, images in sets.items()}}, metrics)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 import utils
 from analysis import common
 from evaluation.common.arguments import int_from
+from evaluation.common.protocol import start_process
 from loader import normalize
 
 COLOUR = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2)])
@@ -167,7 +168,7 @@ def draw_pair(views, pairs, patch_size, salience=None):
 
 def main():
     args = get_args_parser().parse_args()
-    process = utils.init_process(args.device, args.dist_url)
+    process = start_process(args)
     if process.world_size > 1:
         raise utils.InputError("visualize_correspondence.py runs in one process")
     if args.sample_type == "class" and not args.show_pics:

@@ -15,10 +15,9 @@ import numpy as np
 from torchvision.transforms import v2
 
 import utils
-from analysis.classifier import accuracy, classifier_parser, load_classifier, require
+from analysis.classifier import accuracy, classifier_parser, record, require, start
 from analysis.common import image_folder
 from evaluation.common.arguments import int_from
-from evaluation.common.results import append_result
 from loader import normalize
 
 LAYOUT = "CORRUPTION/SEVERITY/WNID/*.JPEG, without the level noise/, blur/, ... of the archives"
@@ -67,13 +66,11 @@ def cell_images(data, corruption, severity, size, per_class=None):
 
 def main():
     args = get_args_parser().parse_args()
-    process = utils.init_process(args.device, args.dist_url)
-    classifier, backbone = load_classifier(args.checkpoint, args.arch, args.patch_size)
+    process, classifier, backbone = start(args)
     classes = len(classifier.linear.bias)
     for corruption in args.corruptions:  # all are there before the first one runs
         for severity in SEVERITIES:
             require(Path(args.data) / corruption / str(severity), f"{args.data}/{LAYOUT}", WHERE)
-    classifier.to(process.device)
     errors = {}
     for corruption in args.corruptions:
         errors[corruption] = []
@@ -91,10 +88,7 @@ def main():
         for name, what in (("mean19", "mean error over 19 corruptions (as in Table 8)"), ("mean15", "mean error over 15"),
                            ("mce", "mCE, divided by AlexNet's errors, over 15")):
             print(f"{what}: {'-' if means[name] is None else f'{means[name]:.2f} %'}", flush=True)
-        if args.output_dir:
-            append_result(args.output_dir, "imagenet_c", args.checkpoint, backbone.key,
-                          {"arch": backbone.arch, "data": args.data, "per_class": args.per_class},
-                          means | {"errors": errors})
+        record(args, "imagenet_c", backbone, {"per_class": args.per_class}, means | {"errors": errors})
 
 
 if __name__ == "__main__":

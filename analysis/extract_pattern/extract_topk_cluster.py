@@ -32,6 +32,7 @@ from evaluation.common.arguments import int_from
 from evaluation.common.backbone import weights_hash
 from evaluation.common.clustering import load_projection_head
 from evaluation.common.features import extract_features, sharded_loader
+from evaluation.common.protocol import start_process
 from loader import normalize
 
 BANK_VERSION = 1
@@ -255,7 +256,7 @@ def main():
         raise utils.InputError(f"--temperature {args.temperature}: must be above 0")
     if args.pretrained_weights == "random":
         raise utils.InputError("--pretrained_path random: clusters need the projection head of a checkpoint")
-    process = utils.init_process(args.device, args.dist_url)
+    process = start_process(args)
     path = Path(args.save_path)
     folder = common.output_folder(path.parent if path.suffix == ".pth" else path, "--save_path")
     bank_file = path if path.suffix == ".pth" else path / f"memory_{args.type}.pth"

@@ -15,10 +15,9 @@ import torch
 from torchvision.transforms import v2
 
 import utils
-from analysis.classifier import classifier_parser, load_classifier, require
+from analysis.classifier import classifier_parser, record, require, start
 from analysis.common import centre, image_folder
 from evaluation.common.features import extract_features, sharded_loader
-from evaluation.common.results import append_result
 from loader import normalize
 
 WHERE = "https://github.com/hendrycks/natural-adv-examples"
@@ -66,15 +65,13 @@ def aurra(confidence, right):
 
 def main():
     args = get_args_parser().parse_args()
-    process = utils.init_process(args.device, args.dist_url)
-    classifier, backbone = load_classifier(args.checkpoint, args.arch, args.patch_size, 1000)
+    process, classifier, backbone = start(args, 1000)
     size = backbone.image_size
     require(Path(args.data), f"{args.data}/WNID/*.jpg, the 200 folders of imagenet-a.tar", WHERE)
     images = image_folder(args.data, v2.Compose([centre(max(size, size // 7 * 8), size), v2.PILToTensor(), normalize]))
     if len(images.classes) != len(CLASSES):
         raise utils.InputError(f"data folder {args.data}: {len(images.classes)} class folders, ImageNet-A has 200; "
                                "is it the folder imagenet-a itself?")
-    classifier.to(process.device)
 
     def confidence_and_class(batch):
         confidence, label = classifier(batch)[:, list(CLASSES)].softmax(dim=1).max(dim=1)
@@ -92,9 +89,7 @@ def main():
     without = "none, it needs 200 images" if published is None else f"{metrics['rms_calibration_published']:.2f} %"
     print(f"RMS calibration error: {metrics['rms_calibration']:.2f} %; without the most confident bin, as published: "
           f"{without}", flush=True)
-    if args.output_dir:
-        append_result(args.output_dir, "imagenet_a", args.checkpoint, backbone.key,
-                      {"arch": backbone.arch, "data": args.data, "images": len(images)}, metrics)
+    record(args, "imagenet_a", backbone, {"images": len(images)}, metrics)
 
 
 if __name__ == "__main__":

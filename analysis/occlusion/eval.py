@@ -23,9 +23,9 @@ from torchvision.transforms import v2
 
 import utils
 from analysis import common
-from analysis.classifier import classifier_parser, load_classifier, own_batches, summed
+from analysis.classifier import classifier_parser, own_batches, record, start, summed
 from evaluation.common.arguments import int_from
-from evaluation.common.results import append_result
+from evaluation.common.charts import draw_curves
 from loader import normalize
 
 GROUP = 1024  # images that share a choice, the reference's batch
@@ -208,38 +208,45 @@ def saliency_of(args, backbone, device):
     return attention
 
 
-def report(found, folder):
-    """Print the results, draw the curves; returns {kind: {setting: [accuracy, loss] in percent}} for results.json."""
+def report_occlusion(found, folder):
+    """Print and draw accuracy against loss; returns {kind: {step: [accuracy, loss] in percent}, "S.5", "NS.5"}."""
     metrics = {}
-    for (kind, setting), (right, lost) in found.items():
-        name = f"{setting[0]}x{setting[1]}" if kind == "shuffle" else str(setting)
-        metrics.setdefault(kind, {})[name] = [100 * right, 100 * lost]
-        what = {"random": f"{setting}/10 of the cells", "shuffle": f"{name} cells"}.get(kind, f"lambda {name}/10")
+    for (kind, step), (right, lost) in found.items():
+        metrics.setdefault(kind, {})[str(step)] = [100 * right, 100 * lost]
+        what = f"{step}/10 of the cells" if kind == "random" else f"lambda {step / STEPS}"
         print(f"{kind}, {what}: accuracy {100 * right:.2f} %, information loss {100 * lost:.1f} %", flush=True)
-    curves = {kind: sorted((loss, right) for right, loss in values.values())
-              for kind, values in metrics.items() if kind != "shuffle"}
+    curves = {kind: sorted((loss, right) for right, loss in values.values()) for kind, values in metrics.items()}
     for kind, short in (("salient", "S.5"), ("non-salient", "NS.5")):
         if kind in metrics:
             between = at_loss(curves[kind], 50)
             metrics[short], metrics[f"{short} at loss 0.5"] = metrics[kind]["5"][0], between
             print(f"{short}: {metrics[short]:.2f} % (lambda 0.5, most likely Table 8's); at information loss 0.5 "
                   f"{'-' if between is None else f'{between:.2f} %'}", flush=True)
-    if folder and curves:
-        common.line_chart(curves, folder / "occlusion.png", "information loss (%)", "top-1 accuracy (%)")
-    if folder and "shuffle" in metrics:
-        points = sorted((setting[0] * setting[1], 100 * right) for (kind, setting), (right, _) in found.items()
-                        if kind == "shuffle")
-        common.line_chart({"shuffle": points}, folder / "shuffle.png", "cells", "top-1 accuracy (%)", log_x=True)
+    if folder:
+        names = {"random": "random cells dropped", "salient": "salient patches dropped",
+                 "non-salient": "all but the salient dropped"}
+        draw_curves({names[kind]: curve for kind, curve in curves.items()}, "Top-1 accuracy (%) on occluded images",
+                    folder / "occlusion.png", "information loss: share of the pixels that are dropped (%)")
+    return metrics
+
+
+def report_shuffle(found, folder):
+    """Print and draw accuracy against the number of cells; returns {"HxW": accuracy in percent}."""
+    metrics = {f"{h}x{w}": 100 * right for (_, (h, w)), (right, _) in found.items()}
+    for name, right in metrics.items():
+        print(f"shuffle, {name} cells: accuracy {right:.2f} %", flush=True)
+    if folder:
+        points = sorted((h * w, 100 * right) for (_, (h, w)), (right, _) in found.items())
+        draw_curves({"cells shuffled": points}, "Top-1 accuracy (%) on shuffled images", folder / "shuffle.png",
+                    "number of cells", log_x=True)
     return metrics
 
 
 def main():
     args = get_args_parser().parse_args()
-    process = utils.init_process(args.device, args.dist_url)
-    classifier, backbone = load_classifier(args.checkpoint, args.arch, args.patch_size)
+    process, classifier, backbone = start(args)
     size = backbone.image_size
     drop, grids = grids_of(args, size, backbone.patch_size)
-    classifier.to(process.device)
     saliency = saliency_of(args, backbone, process.device) if args.dino else None
     crop = common.centre(args.scale_size or max(size, size // 7 * 8), size, args.bicubic_resize)
     images = common.image_folder(args.data, v2.Compose([crop, v2.PILToTensor(), normalize]))
@@ -251,11 +258,15 @@ def main():
         degradations = Degradations(size, math.ceil(len(images) / GROUP), args.seed + run, drop, saliency, grids)
         found = measure(classifier, images, degradations, args.batch_size, args.num_workers, process)
         if process.rank == 0:
-            metrics = report(found, folder)
-            if folder:
-                append_result(folder, "occlusion", args.checkpoint, backbone.key,
-                              {"arch": backbone.arch, "data": args.data, "images": len(images), "seed": args.seed + run,
-                               "saliency_from": args.saliency_from, "saliency_head": args.saliency_head}, metrics)
+            settings = {"images": len(images), "bicubic_resize": args.bicubic_resize, "seed": args.seed + run}
+            shuffles = {name: values for name, values in found.items() if name[0] == "shuffle"}
+            occlusions = {name: values for name, values in found.items() if name[0] != "shuffle"}
+            if occlusions:
+                record(args, "occlusion", backbone, settings | {"random_drop": drop, "dino": args.dino,
+                       "saliency_from": args.saliency_from, "saliency_head": args.saliency_head},
+                       report_occlusion(occlusions, folder))
+            if shuffles:
+                record(args, "shuffle", backbone, settings, report_shuffle(shuffles, folder))
 
 
 if __name__ == "__main__":
