@@ -17,6 +17,7 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
             imagenet_linear        linear probes at 45 learning rates, in the sub-folder linear/KEY
             imagenet_linear_solo   a linear probe at the rate --lr, in the sub-folder linear_solo/KEY
             imagenet_unsup_cls     unsupervised classification
+            imagenet_part_linear   linear probes of the most attended patches, in the sub-folder linear_part/KEY
 JOB_NAME  results go to work_dirs/JOB_NAME
 ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
 KEY       networks to evaluate: teacher, student, or both with a comma
@@ -43,13 +44,14 @@ Environment variables:
 EOF
 }
 
-TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls"
+TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls imagenet_part_linear"
 
 # The table of tasks; TASKS and the usage list them too.
 #   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
-#   sub-folder of the results, in it one per key (results.json stays in the job's folder); flags of this task alone.
+#   sub-folder of the results, in it one per key (results.json stays in the job's folder); shares: whether its features are
+#   those of other tasks too; fixed: flags of this task alone.
 task() {
-    runs=per_key data=$imagenet folders="train val" sub='' fixed=()
+    runs=per_key data=$imagenet folders="train val" sub='' shares=yes fixed=()
     case $1 in
         imagenet_pretrain)    script=main_ibot.py runs=together data=$imagenet/train folders='' ;;
         imagenet_knn)         script=evaluation/eval_knn.py fixed=(--avgpool_patchtokens "${AVGPOOL:-0}") ;;
@@ -57,6 +59,7 @@ task() {
         imagenet_linear)      script=evaluation/eval_linear_multi.py sub=linear fixed=(${linear[@]+"${linear[@]}"}) ;;
         imagenet_linear_solo) script=evaluation/eval_linear.py sub=linear_solo fixed=(${linear[@]+"${linear[@]}"}) ;;
         imagenet_unsup_cls)   script=evaluation/unsupervised/unsup_cls.py ;;
+        imagenet_part_linear) script=analysis/linear_part/eval.py sub=linear_part shares='' fixed=(--topk 1 7 14 56 112 196) ;;
         *) return 1 ;;
     esac
 }
@@ -249,7 +252,7 @@ launch() {
 # run_tasks TYPE JOB_NAME ARCH KEY GPUS [flags]
 run_tasks() {
     local names=() keys=() extra=() flags=() given=() place=() linear=() kept=() part name i own
-    local script runs data folders sub fixed
+    local script runs data folders sub shares fixed
     local imagenet=${DATA_PATH:-${at}data/imagenet}
 
     local rest=$1+ pretrains=""
@@ -359,7 +362,9 @@ run_tasks() {
         for ((i = node; i < ${#keys[@]}; i += nodes)); do
             flags=(--output_dir "$output")
             [ -z "$sub" ] || flags=(--output_dir "$output/$sub/${keys[$i]}" --results_dir "$output")
-            flags+=(${fixed[@]+"${fixed[@]}"} ${kept[@]+"${kept[@]}"} ${given[@]+"${given[@]}"})
+            flags+=(${fixed[@]+"${fixed[@]}"})
+            [ -z "$shares" ] || flags+=(${kept[@]+"${kept[@]}"})
+            flags+=(${given[@]+"${given[@]}"})
             launch "$at$script" --pretrained_weights "$checkpoint" --checkpoint_key "${keys[$i]}" \
                 ${place[@]+"${place[@]}"} --arch "$arch" "${flags[@]}"
         done

@@ -1,7 +1,8 @@
 """Join a backbone and the head of a linear probe to the classifier that the robustness analyses test.
 
-    python analysis/combine_ckpt.py --checkpoint_backbone work_dirs/JOB/checkpoint.pth \\
-        --checkpoint_linear work_dirs/JOB/linear/checkpoint_teacher_linear.pth --output_file work_dirs/JOB/classifier.pth
+    JOB=work_dirs/JOB_NAME
+    python analysis/combine_ckpt.py --checkpoint_backbone $JOB/checkpoint.pth \\
+        --checkpoint_linear $JOB/linear/teacher/checkpoint_teacher_linear.pth --output_file $JOB/classifier.pth
 
 Of a sweep the best head is taken. The file holds `state_dict` (the backbone's names, `linear.weight`, `linear.bias`) and
 `settings`, which say how the features are made; no states of optimisers.

@@ -74,7 +74,7 @@ class Step:
     """A section of the page: its title, the commands that make it, and which files and printed lines are taken."""
     title: str
     commands: list  # of lists: a script below analysis/ and its flags
-    pictures: list  # of (folder, pattern, how many)
+    pictures: list  # of (folder, pattern, how many, caption with {} for the number in a file's name)
     lines: str = "$^"  # regular expression of the lines of output that are shown
 
 
@@ -106,20 +106,24 @@ def plan(args, backbone, root, images, out):
                 "--topk", 36, "--show_pics", 18, "--save_path", out / "patterns"]
     pairs = ["correspondence/visualize_correspondence.py", *network, "--data_path", images, "--show_nums", count,
              "--output_path", out / "correspondence"]
+    sheet = "The largest clusters: rank, number of the cluster, how many {}, and the clearest ones"
+    heads = f"heads 0 to {backbone.model.blocks[-1].attn.num_heads - 1}"
     larger = 480 if size == 224 and 480 % cell == 0 else size
     steps = [
         Step("Clusters of patches", [[*patterns, "--type", "patch"]],
-             [(out / "patterns", name, most) for name, most in (("cpatch_overview.png", 1), ("explained_idx*.png", count))],
+             [(out / "patterns", "cpatch_overview.png", 1, sheet.format("patches")),
+              (out / "patterns", "explained_idx*.png", count, "Image {}: four patches that [CLS] looks at; their clusters")],
              "clusters of"),
         Step("Clusters of images", [[*patterns, "--type", "cls"]],
-             [(out / "patterns", "ccls_overview.png", 1)], "clusters of"),
+             [(out / "patterns", "ccls_overview.png", 1, sheet.format("images"))], "clusters of"),
         Step("Self-attention", [["attention_map/visualize_attention.py", *network, "--data_path", images, "--image_size",
                                  larger, "--show_pics", count, "--output_dir", out / "attention"]],
-             [(out / "attention", "idx*_attn.png", count)]),
+             [(out / "attention", "idx*_attn.png", count, f"Image {{}}: as it is; heads in colour; heat maps of {heads}")]),
         Step("Correspondence between two views", [[*pairs, "--sample_type", "instance"]],
-             [(out / "correspondence", "instance_corresp*.png", count)], "matching accuracy"),
+             [(out / "correspondence", "instance_corresp*.png", count, "Pair {}: two views of an image")],
+             "matching accuracy"),
         Step("Correspondence between two images", [[*pairs, "--sample_type", "class"]],
-             [(out / "correspondence", "class_corresp*.png", count)])]
+             [(out / "correspondence", "class_corresp*.png", count, "Pair {}: two images of class {}")])]
     if root is None or not args.probe:
         return steps
 
@@ -132,15 +136,15 @@ def plan(args, backbone, root, images, out):
                  "--output_dir", robust]
     return steps + [
         Step("Parts of an image", [["linear_part/eval.py", *probe, "--topk", *ks, "--output_dir", out / "linear_part"]],
-             [(out / "linear_part", "accuracy.png", 1)], r"k = \d+, best: top-1"),
+             [(out / "linear_part", "accuracy.png", 1, "")], r"k = \d+, best: top-1"),
         Step("Linear classifier", [
             ["../evaluation/eval_linear_multi.py", *probe, "--n_last_blocks", min(4, len(backbone.model.blocks)),
              "--output_dir", linear],
             ["combine_ckpt.py", "--checkpoint_backbone", args.pretrained_weights, "--checkpoint_key", backbone.key,
              "--checkpoint_linear", linear / f"checkpoint_{backbone.key}_linear.pth", "--output_file", classifier]],
             [], ", best: top-1"),
-        Step("Occlusion", [[*occlusion, "--random_drop", "--dino"]], [(robust, "occlusion.png", 1)], "^N?S.5"),
-        Step("Shuffling", [[*occlusion, "--shuffle", "--shuffle_size", *grids]], [(robust, "shuffle.png", 1)])]
+        Step("Occlusion", [[*occlusion, "--random_drop", "--dino"]], [(robust, "occlusion.png", 1, "")], "^N?S.5"),
+        Step("Shuffling", [[*occlusion, "--shuffle", "--shuffle_size", *grids]], [(robust, "shuffle.png", 1, "")])]
 
 
 def number_of(path):
@@ -151,13 +155,13 @@ def number_of(path):
 def figures(pictures):
     """HTML of picture files, inside the page itself."""
     parts = []
-    for folder, pattern, count in pictures:
+    for folder, pattern, count, caption in pictures:
         for path in sorted(folder.glob(pattern), key=number_of)[:count]:
             data = base64.b64encode(path.read_bytes()).decode()
             kind = "jpeg" if path.suffix == ".jpg" else "png"
-            name = html.escape(path.name)
-            parts.append(f'<figure><img alt="{name}" src="data:image/{kind};base64,{data}">'
-                         f"<figcaption>{name}</figcaption></figure>")
+            text = html.escape(caption.format(*number_of(path)))
+            parts.append(f'<figure><img alt="{text or path.stem}" src="data:image/{kind};base64,{data}">'
+                         + (f"<figcaption>{text}</figcaption>" if text else "") + "</figure>")
     return "\n".join(parts)
 
 
@@ -202,7 +206,8 @@ def training_section(folder, out):
     if not epochs:
         return None
     draw_curves(curves, "Losses of pre-training", out / "loss.png")
-    return section("Training", figures([(out, "loss.png", 1), (folder / "pictures", "crops.png", 1)]))
+    return section("Training", figures([
+        (out, "loss.png", 1, ""), (folder / "pictures", "crops.png", 1, "What the student sees: masked patches are grey")]))
 
 
 def page(title, facts, sections):

@@ -201,11 +201,11 @@ def test_two_processes_with_the_papers_command_equal_one(job, call, tmp_path, mo
     one, two = (torch.load(tmp_path / n / "memory_patch.pth") for n in ("one", "two"))
     assert torch.equal(one["memory_bank"][..., 1], two["memory_bank"][..., 1]) and one["key"] == two["key"]
     torch.testing.assert_close(one["memory_bank"], two["memory_bank"])
-    pictures = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert pictures == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(pictures) == 1 + 3 + 1 + 4
+    pictures = sorted(path.name for path in (tmp_path / "two/memory_patch").iterdir())
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted([*pictures, "memory_patch.pth"])
+    assert len(pictures) == 3 + 1 + 4
     for name in pictures:
-        if not name.endswith(".pth"):
-            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two/memory_patch" / name).read_bytes()
 
 
 def test_cls_pictures_are_the_images_themselves(job, tmp_path, monkeypatch):

@@ -9,9 +9,10 @@
 
 Every patch (`--type patch`) or image (`cls`) belongs to the cluster of its largest output. The clusters with most members
 are drawn, each by the members of largest output, at most one patch of an image; patches are tinted amid their neighbours,
-and dark places are passed over. Writes into the folder of `--save_path`: `memory_TYPE.pth` with what is known of every
-image, one picture a cluster, a sheet of all of them, and for `patch` some images explained by their four patches of highest
-attention that are of different clusters (Figure 15).
+and dark places are passed over. Writes into the folder `--save_path`: `memory_TYPE.pth` with what is known of every image,
+one picture a cluster, a sheet of all of them, and for `patch` some images explained by their four patches of highest
+attention that are of different clusters (Figure 15). If `--save_path` ends in .pth, it is the file of what is known, and
+the pictures go to the folder of that name without .pth.
 
 Letters: n images, B of a batch, N patches of an image, D width, T tokens, K clusters.
 """
@@ -43,8 +44,8 @@ TINT = (200, 100, 0, 127)
 
 def get_args_parser():
     parser = common.analysis_parser("Pictures of the clusters that a projection head has learned", "--pretrained_path")
-    parser.add_argument("--save_path", required=True, help="folder of the results; or a name in it that ends in .pth, of "
-                        "the memory bank")
+    parser.add_argument("--save_path", required=True, help="folder of the results; or FILE.pth of the memory bank, "
+                        "with the pictures in the folder FILE")
     parser.add_argument("--img_size", type=int_from(1), help="side of the crop in pixels; by default that of the "
                         "checkpoint's global crops, else 224")
     parser.add_argument("--patch_window", type=int_from(1), default=5, help="side of a tile in patches; odd")
@@ -258,8 +259,8 @@ def main():
         raise utils.InputError("--pretrained_path random: clusters need the projection head of a checkpoint")
     process = start_process(args)
     path = Path(args.save_path)
-    folder = common.output_folder(path.parent if path.suffix == ".pth" else path, "--save_path")
-    bank_file = path if path.suffix == ".pth" else path / f"memory_{args.type}.pth"
+    folder = common.output_folder(path.with_suffix("") if path.suffix == ".pth" else path, "--save_path")
+    bank_file = path if path.suffix == ".pth" else folder / f"memory_{args.type}.pth"
 
     backbone, checkpoint = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
                                            args.img_size)
