@@ -112,7 +112,7 @@ def plan(args, backbone, root, images, out):
     steps = [
         Step("Clusters of patches", [[*patterns, "--type", "patch"]],
              [(out / "patterns", "cpatch_overview.png", 1, sheet.format("patches")),
-              (out / "patterns", "explained_idx*.png", count, "Image {}: four patches that [CLS] looks at; their clusters")],
+              (out / "patterns", "explained_idx*.png", count, "Image {}: four patches that [CLS] looks at; clusters")],
              "clusters of"),
         Step("Clusters of images", [[*patterns, "--type", "cls"]],
              [(out / "patterns", "ccls_overview.png", 1, sheet.format("images"))], "clusters of"),

@@ -1,9 +1,11 @@
-"""What the tests of the analyses share: a small checkpoint of a network, and running a script in this process."""
+"""What the tests of the analyses share: a small checkpoint of a network, and running scripts, in this process or in two."""
 import argparse
+import json
 import sys
 
 import numpy as np
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import models
@@ -53,3 +55,22 @@ def run_main(monkeypatch, script, *words):
             flags += [name, value]
     monkeypatch.setattr(sys, "argv", [script.__name__, *flags])
     script.main()
+
+
+TWO = """
+import importlib, json, sys
+sys.path.insert(0, sys.argv[1])
+import utils
+process = utils.init_process("cpu")
+utils.init_process = lambda *_: process
+for name, words in json.loads(open(sys.argv[2]).read()):
+    sys.argv = [name, *words, "--device", "cpu", "--num_workers", "0"]
+    importlib.import_module(name).main()
+"""
+
+
+def run_in_two_processes(call, folder, calls):
+    """Call the `main` of several scripts, [(module, flags)], one after the other in two processes that are started once."""
+    (folder / "two.py").write_text(TWO)
+    (folder / "calls.json").write_text(json.dumps([(script.__name__, list(map(str, words))) for script, words in calls]))
+    return call(folder / "two.py", ROOT, folder / "calls.json", processes=2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis_data import nano, run_main, write_checkpoint, write_images
+from analysis_data import nano, run_in_two_processes, run_main, write_checkpoint, write_images
 from conftest import ROOT
 from PIL import Image
 
@@ -307,25 +307,23 @@ def val(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("val"), "abc", 5)
 
 
-def test_occlusion_script_in_two_processes(job, val, tmp_path, call, monkeypatch):
-    flags = ["--pretrained_weights", job / "classifier3.pth", "--test_data", val, "--random_drop", "--dino", "--shuffle", "--shuffle_size", "1", "2", "4", "--batch_size", "4"]
-    run_main(monkeypatch, occlusion, *flags, "--output_dir", tmp_path / "1")
-    call("analysis/occlusion/eval.py", *flags, "--output_dir", tmp_path / "2", "--device", "cpu", "--num_workers", "0", processes=2)
-    one, two = (result(tmp_path / n, "occlusion") | {"shuffle": result(tmp_path / n, "shuffle")} for n in "12")
-    for kind in ("random", "salient", "non-salient", "shuffle"):
-        for setting, values in one[kind].items():
-            assert two[kind][setting] == pytest.approx(values, abs=1e-3)
-    images = common.image_folder(val, common.squared(32, 32)).with_transform(occlusion.v2.Compose([common.centre(32, 32), occlusion.v2.PILToTensor(), occlusion.normalize]))
+def test_occlusion_equals_a_plain_loop(job, val, tmp_path, monkeypatch):
+    run_main(monkeypatch, occlusion, "--pretrained_weights", job / "classifier3.pth", "--test_data", val, "--random_drop", "--dino",
+             "--shuffle", "--shuffle_size", "1", "2", "4", "--batch_size", "4", "--output_dir", tmp_path)
+    found, shuffle = (result(tmp_path, name) for name in ("occlusion", "shuffle"))
+    images = common.image_folder(val, occlusion.v2.Compose([common.centre(32, 32), occlusion.v2.PILToTensor(), occlusion.normalize]))
     batch, labels = torch.stack([images[i][0] for i in range(15)]), torch.from_numpy(images.targets)
     clean = 100 * (logits_of(job, 3, batch).argmax(1) == labels).double().mean().item()
-    assert one["random"]["0"] == pytest.approx([clean, 0]) and one["shuffle"]["1x1"] == pytest.approx(clean)
-    assert one["non-salient"]["10"][1] == pytest.approx(0) and one["salient"]["10"][1] == pytest.approx(100)
+    assert found["random"]["0"] == pytest.approx([clean, 0]) and shuffle["1x1"] == pytest.approx(clean)
+    assert found["non-salient"]["10"][1] == pytest.approx(0) and found["salient"]["10"][1] == pytest.approx(100)
     attention = nano().get_last_selfattention(batch)[:, 1, 0, 1:]
     kept = ~common.mass_mask(attention, 0.5)
     masks = kept.view(-1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    assert one["S.5"] == pytest.approx(100 * (logits_of(job, 3, batch * masks).argmax(1) == labels).double().mean().item())
-    assert one["salient"]["5"][1] == pytest.approx(100 * (1 - kept.double().mean().item()))
-    assert all((tmp_path / n / name).stat().st_size > 1000 for n in "12" for name in ("occlusion.png", "shuffle.png"))
+    assert found["S.5"] == pytest.approx(100 * (logits_of(job, 3, batch * masks).argmax(1) == labels).double().mean().item())
+    assert found["salient"]["5"][1] == pytest.approx(100 * (1 - kept.double().mean().item()))
+    for name in ("occlusion.png", "shuffle.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert len(picture.getcolors(2**20)) > 20
 
 
 @pytest.mark.parametrize("words, message", [
@@ -350,6 +348,30 @@ def test_saliency_of_another_network(job, val, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- all together
+
+def test_two_processes_equal_one(job, backgrounds, val, tmp_path, call, monkeypatch):
+    write_images(tmp_path / "a", [f"n{i:08}" for i in range(200)], 1, (36, 32))
+    for severity in range(1, 6):
+        write_images(tmp_path / "c/fog" / str(severity), "abc", 5, (32, 32), severity)
+    large, small = (["--checkpoint", job / f"classifier{C}.pth", "--batch_size", "4"] for C in (1000, 3))
+    calls = [(in9_eval, [*large, "--data-path", backgrounds]), (challenge_eval, [*large, "--data-path", backgrounds]),
+             (imagenet_a, [*large, "--data", tmp_path / "a"]), (imagenet_c, [*small, "--data", tmp_path / "c", "--corruptions", "fog"]),
+             (occlusion, ["--pretrained_weights", *small[1:], "--test_data", val, "--random_drop", "--dino", "--shuffle"])]
+    for script, words in calls:
+        run_main(monkeypatch, script, *words, "--output_dir", tmp_path / "1")
+    run_in_two_processes(call, tmp_path, [(script, [*words, "--output_dir", tmp_path / "2"]) for script, words in calls])
+
+    def numbers(value):
+        values = value.values() if isinstance(value, dict) else value
+        return [n for part in values for n in numbers(part)] if isinstance(value, (dict, list)) else [value]
+
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in "12")
+    assert [r["protocol"] for r in one] == [r["protocol"] for r in two] == [
+        "imagenet9", "backgrounds_challenge", "imagenet_a", "imagenet_c", "occlusion", "shuffle"]
+    for a, b in zip(one, two, strict=True):
+        assert a["settings"] == b["settings"] and a["metrics"].keys() == b["metrics"].keys()
+        assert numbers(b["metrics"]) == pytest.approx(numbers(a["metrics"]), abs=1e-3)
+
 
 def test_table(tmp_path, monkeypatch, capsys):
     records = [{"protocol": "imagenet9", "metrics": {"only_fg": 1.0, "original": 8.0}}, {"protocol": "imagenet_a", "metrics": {"acc": 11.0}},
