@@ -166,70 +166,74 @@ def draw_pair(views, pairs, patch_size, salience=None):
 
 # ---------------------------------------------------------------- the script
 
+def pairs_of(args, images, size, patch_size):
+    """Batches of pairs: views [B, 3, S, S] twice, centres [B, 2, n] twice (None for images of a class), labels [B]."""
+    if args.sample_type == "instance":
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        views = DataLoader(Subset(TwoViews(images, size, patch_size, args.seed), order), args.batch_size,
+                           num_workers=args.num_workers)
+        for first, centres1, second, centres2, labels, _ in views:
+            yield first, second, centres1, centres2, labels
+        return
+    pairs = class_pairs(images.targets, max(args.batch_size, 2), args.seed)
+    if not pairs:
+        raise utils.InputError(f"--data_path {args.data_path}: no class has {max(args.batch_size, 2)} images")
+    for one, two in pairs:
+        yield images[one][0][None], images[two][0][None], None, None, torch.from_numpy(images.targets[[one]])
+
+
 def main():
     args = get_args_parser().parse_args()
-    process = start_process(args)
+    process, instance = start_process(args), args.sample_type == "instance"
     if process.world_size > 1:
         raise utils.InputError("visualize_correspondence.py runs in one process")
-    if args.sample_type == "class" and not args.show_pics:
+    if not instance and not args.show_pics:
         raise utils.InputError("--show_pics false: there is no accuracy of --sample_type class")
     backbone, _ = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.img_size)
     model, size, cell = backbone.model.to(process.device), backbone.image_size, backbone.patch_size
-    cells = size // cell
-    judge = model
+    cells, judge = size // cell, model
     if args.attention_from != "self":
         judge = common.load_vit(args.attention_from, None, args.attention_arch, args.attention_patch_size, size)[0]
         judge = judge.model.to(process.device)
+    images = common.image_folder(args.data_path, common.squared(size, size))
     folder = common.output_folder(args.output_path, "--output_path") if args.show_pics else None
 
-    images, instance = common.image_folder(args.data_path, common.squared(size, size)), args.sample_type == "instance"
-    if instance:
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        views = DataLoader(Subset(TwoViews(images, size, cell, args.seed), order), args.batch_size,
-                           num_workers=args.num_workers)
-    else:
-        pairs = class_pairs(images.targets, max(args.batch_size, 2), args.seed)
-        if not pairs:
-            raise utils.InputError(f"--data_path {args.data_path}: no class has {max(args.batch_size, 2)} images")
-        views = ((*(images[i][0][None] for i in pair), torch.tensor(images.targets[[pair[0]]])) for pair in pairs)
-    everything = torch.ones(cells**2, dtype=torch.bool)
-
-    drawn, ratios, right, total = 0, [], 0, 0
-    for batch in views:
-        if instance:
-            first, centres1, second, centres2, labels, _ = batch
-        else:
-            first, second, labels = batch
+    drawn, counts = 0, []  # of each batch: right matches, overlapping patches
+    for first, second, centres1, centres2, labels in pairs_of(args, images, size, cell):
         with torch.inference_mode():
             tokens = [model(view.to(process.device), return_all_tokens=True)[:, 1:] for view in (first, second)]
             attention = common.cls_attention(judge, first.to(process.device)).cpu()
-        correct = counted = 0
+        counts.append([0, 0])
         for k, label in enumerate(labels.tolist()):
-            found, allowed = match(tokens[0][k], tokens[1][k]).cpu(), everything
+            found, allowed = match(tokens[0][k], tokens[1][k]).cpu(), torch.ones(cells**2, dtype=torch.bool)
             if instance:
                 # In shares of the image, although it is half a patch of the view: the reference's rule.
                 allowed = overlapping(centres1[k], centres2[k], cell // 2 / size)
-                hits, patches = matching_accuracy(found, true_matches(centres1[k], centres2[k]), allowed, cells,
-                                                  args.eval_radius)
-                correct, counted = correct + hits, counted + patches
+                true = true_matches(centres1[k], centres2[k])
+                hits = matching_accuracy(found, true, allowed, cells, args.eval_radius)
+                counts[-1] = [before + more for before, more in zip(counts[-1], hits, strict=True)]
             if args.show_pics and drawn < args.show_nums:
                 salience = saliency(attention[k], cells)
                 lines = [(patch, int(found[patch])) for patch in drawn_matches(salience, allowed, args.topk)]
                 picture = draw_pair((first[k], second[k]), lines, cell, salience if args.show_with_attn else None)
                 picture.save(folder / f"{args.sample_type}_corresp{drawn}_cls{label}_nh0.png")
                 drawn += 1
-        right, total = right + correct, total + counted
-        if counted:
-            ratios.append(correct / counted)
         if args.show_pics and drawn == args.show_nums:
             break
     if folder:
         print(f"{folder}: {drawn} pictures", flush=True)
-    if instance and ratios:
-        print(f"matching accuracy {sum(ratios) / len(ratios):.4f} (mean over {len(ratios)} batches; over patches "
-              f"{right / total:.4f} of {total}; radius {args.eval_radius})", flush=True)
-    elif instance:
-        print("matching accuracy: none, no two views overlap", flush=True)
+    if instance:
+        print(accuracy_text(counts, args.eval_radius), flush=True)
+
+
+def accuracy_text(counts, radius):
+    """A line with the matching accuracy, from (right, all) of each batch; batches without overlap do not count."""
+    ratios = [right / total for right, total in counts if total]
+    if not ratios:
+        return "matching accuracy: none, no two views overlap"
+    right, total = (sum(column) for column in zip(*counts, strict=True))
+    return (f"matching accuracy {sum(ratios) / len(ratios):.4f} (mean over {len(ratios)} batches; over patches "
+            f"{right / total:.4f} of {total}; radius {radius})")
 
 
 if __name__ == "__main__":
