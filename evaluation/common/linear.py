@@ -576,7 +576,7 @@ class ProbeRun:
         """Print and record the results, once all epochs are done."""
         if not self.is_main:
             return
-        metrics = {"best": self.best["best"], "last": self.now}
+        metrics = {"best": self.best["best"]} | ({"last": self.now} if self.now else {})
         if not all(config.is_plain for config in self.configs):
             metrics["best_sweep_lr_only"] = self.best["best_sweep_lr_only"]
         for name, record in metrics.items():
@@ -618,8 +618,7 @@ def train_runs(runs, batches_of, val_features, val_labels, args, protocol):
             if run.start <= epoch:
                 run.validate(epoch, own, val_labels, progress.speed(epoch, n))
     for run in runs:
-        if run.start < args.epochs:
-            run.finish(protocol, args.pretrained_weights, results_folder(args))
+        run.finish(protocol, args.pretrained_weights, results_folder(args))
 
 
 def probe(args, configs, protocol, key, folder, backbone, train, val, process):
