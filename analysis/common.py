@@ -109,8 +109,9 @@ def squared(height, width):
     return v2.Compose([v2.Resize((height, width)), v2.PILToTensor(), normalize])
 
 
-def centre(resize, size, bicubic=False):
-    """Shorter side to `resize` pixels, then the centre crop of `size`: PIL image -> PIL image."""
+def centre(size, resize=None, bicubic=False):
+    """Shorter side to `resize` pixels (256/224 of `size`), then the centre crop of `size`: PIL image -> PIL image."""
+    resize = round(size * 256 / 224) if resize is None else resize
     how = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
     return v2.Compose([v2.Resize(resize, interpolation=how), v2.CenterCrop(size)])
 
@@ -177,13 +178,21 @@ def beside(pictures, gap=0, background="white"):
     return canvas
 
 
+def divided(picture, parts):
+    """Draw white lines between that many parts of a PIL image of one width, at the right ends of these; returns it."""
+    width = picture.width // parts
+    for x in range(width, picture.width, width):
+        ImageDraw.Draw(picture).rectangle((x - 3, 0, x - 1, picture.height), fill="white")
+    return picture
+
+
 def font(size):
     return ImageFont.load_default(size=size)
 
 
 def tag(picture, text):
     """Write `text` into the top left corner of a PIL image, on a dark field; changes and returns it."""
-    draw, letters = ImageDraw.Draw(picture), font(max(11, picture.height // 22))
+    draw, letters = ImageDraw.Draw(picture), font(max(11, picture.width // 22))
     left, top, right, bottom = draw.textbbox((4, 3), text, font=letters)
     draw.rectangle((0, 0, right + 4, bottom + 4), fill=(20, 20, 20))
     draw.text((4, 3), text, fill="white", font=letters)

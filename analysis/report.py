@@ -105,14 +105,14 @@ def plan(args, backbone, root, images, out):
     patterns = ["extract_pattern/extract_topk_cluster.py", "--pretrained_path", *network[1:], "--data_path", images,
                 "--topk", 36, "--show_pics", 18, "--save_path", out / "patterns"]
     pairs = ["correspondence/visualize_correspondence.py", *network, "--data_path", images, "--show_nums", count,
-             "--output_path", out / "correspondence"]
+             "--topk", min(12, max(1, (size // cell) ** 2 // 3)), "--output_path", out / "correspondence"]
     sheet = "The largest clusters: rank, number of the cluster, how many {}, and the clearest ones"
     heads = f"heads 0 to {backbone.model.blocks[-1].attn.num_heads - 1}"
     larger = 480 if size == 224 and 480 % cell == 0 else size
     steps = [
         Step("Clusters of patches", [[*patterns, "--type", "patch"]],
              [(out / "patterns", "cpatch_overview.png", 1, sheet.format("patches")),
-              (out / "patterns", "explained_idx*.png", count, "Image {}: four patches that [CLS] looks at; clusters")],
+              (out / "patterns", "explained_idx*.png", count, "Image {}: where [CLS] looks most, and the clusters there")],
              "clusters of"),
         Step("Clusters of images", [[*patterns, "--type", "cls"]],
              [(out / "patterns", "ccls_overview.png", 1, sheet.format("images"))], "clusters of"),

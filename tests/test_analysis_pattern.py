@@ -163,7 +163,7 @@ def test_bank_is_that_of_a_plain_loop_and_keyed(job, tmp_path, monkeypatch, caps
     assert bank.shape == (11, 16, 2) and bank.dtype == torch.float32
     backbone, checkpoint = common.load_vit(job / "checkpoint.pth")
     head = load_projection_head(checkpoint, "teacher", "")
-    images = common.image_folder(job / "val", lambda image: common.normalize(pattern.v2.functional.pil_to_tensor(common.centre(32, 32)(image))))
+    images = common.image_folder(job / "val", lambda image: common.normalize(pattern.v2.functional.pil_to_tensor(common.centre(32)(image))))
     for index in range(11):
         tokens = backbone.model(images[index][0][None], return_all_tokens=True)[0, 1:]
         logits = F.linear(head.bottleneck(tokens), F.normalize(head.last_layer.weight_v))
@@ -216,7 +216,7 @@ def test_cls_pictures_are_the_images_themselves(job, tmp_path, monkeypatch):
     first = int(counts.argmax())
     (picture,) = tmp_path.glob(f"ccls_crank0_cid{first}_top4.jpg")
     best = max(range(11), key=lambda i: bank[i, 0] if bank[i, 1] == first else -9)
-    image = common.image_folder(job / "val", common.centre(32, 32))[best][0]
+    image = common.image_folder(job / "val", common.centre(32))[best][0]
     assert abs(np.asarray(Image.open(picture))[:32, :32].astype(int) - np.asarray(image)).mean() < 6  # JPEG
 
 

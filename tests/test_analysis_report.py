@@ -66,7 +66,7 @@ def test_page_is_complete_and_needs_nothing_else(digits, tmp_path, monkeypatch, 
     assert len(pictures) == len([link for link in links.found if link[0] != "#"]) == 1 + 3 + 1 + 2 + 2 + 2 + 1 + 1 + 1
     for picture in pictures:
         Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).load()
-    assert "matching accuracy 0." in page and "k = 16: top-1" in page and "best: top-1" in page and "NS.5: " in page
+    assert "matching accuracy 0." in page and "k = 16, best: top-1" in page and "teacher, best: top-1" in page and "NS.5: " in page
     assert 'class="error"' not in page and "failed" not in capsys.readouterr().out
 
 

@@ -200,7 +200,7 @@ def test_imagenet_a_equals_a_plain_loop(job, tmp_path, monkeypatch, capsys):
     write_images(tmp_path / "imagenet-a", names, 1, (36, 32))
     run_main(monkeypatch, imagenet_a, "--checkpoint", job / "classifier1000.pth", "--data", tmp_path / "imagenet-a", "--output_dir", tmp_path)
     images = common.image_folder(tmp_path / "imagenet-a")
-    crops = torch.stack([common.normalize(imagenet_a.v2.functional.pil_to_tensor(common.centre(32, 32)(images.with_transform(lambda i: i)[k][0]))) for k in range(200)])
+    crops = torch.stack([common.normalize(imagenet_a.v2.functional.pil_to_tensor(common.centre(32)(images.with_transform(lambda i: i)[k][0]))) for k in range(200)])
     p = logits_of(job, 1000, crops)[:, list(imagenet_a.CLASSES)].softmax(1)
     right = p.argmax(1) == torch.arange(200)
     metrics = result(tmp_path, "imagenet_a")
@@ -311,7 +311,7 @@ def test_occlusion_equals_a_plain_loop(job, val, tmp_path, monkeypatch):
     run_main(monkeypatch, occlusion, "--pretrained_weights", job / "classifier3.pth", "--test_data", val, "--random_drop", "--dino",
              "--shuffle", "--shuffle_size", "1", "2", "4", "--batch_size", "4", "--output_dir", tmp_path)
     found, shuffle = (result(tmp_path, name) for name in ("occlusion", "shuffle"))
-    images = common.image_folder(val, occlusion.v2.Compose([common.centre(32, 32), occlusion.v2.PILToTensor(), occlusion.normalize]))
+    images = common.image_folder(val, occlusion.v2.Compose([common.centre(32), occlusion.v2.PILToTensor(), occlusion.normalize]))
     batch, labels = torch.stack([images[i][0] for i in range(15)]), torch.from_numpy(images.targets)
     clean = 100 * (logits_of(job, 3, batch).argmax(1) == labels).double().mean().item()
     assert found["random"]["0"] == pytest.approx([clean, 0]) and shuffle["1x1"] == pytest.approx(clean)

@@ -79,7 +79,7 @@ def strip(image, attention, threshold=0.6, least=160):
     heats = [Image.fromarray(common.heat_map(weights.cpu().numpy())).resize(image.shape[:0:-1], Image.Resampling.NEAREST)
              for weights in attention]
     panels = [common.display(image), Image.fromarray(overlay(image, attention, threshold)), *heats]
-    return common.enlarge(common.beside(panels), least)
+    return common.divided(common.enlarge(common.beside(panels), least), len(panels))
 
 
 def main():

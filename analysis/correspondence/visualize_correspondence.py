@@ -149,15 +149,19 @@ def drawn_matches(salience, allowed, topk):
 
 
 def draw_pair(views, pairs, patch_size, salience=None):
-    """Two views side by side with a red line for each pair of patches; on the left the salience, if it is given."""
+    """Two views side by side with a red line with yellow ends for each pair of patches; on the left the salience, if given."""
     size = views[0].shape[-1]
     factor = -(-224 // size)  # small views are enlarged
-    canvas = common.enlarge(common.beside([common.display(view) for view in views]), 224)
-    draw, cells = ImageDraw.Draw(canvas), size // patch_size
+    canvas = common.divided(common.enlarge(common.beside([common.display(view) for view in views]), 224), 2)
+    draw, cells, lines = ImageDraw.Draw(canvas), size // patch_size, []
     for one, two in pairs:
         ends = [((patch % cells + 0.5) * patch_size + shift, (patch // cells + 0.5) * patch_size)
                 for patch, shift in ((one, 0), (two, size))]
-        draw.line([(factor * x, factor * y) for x, y in ends], fill=(255, 0, 0), width=max(1, canvas.height // 224))
+        lines.append([(factor * x, factor * y) for x, y in ends])
+    for x, y in {end for line in lines for end in line}:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(255, 220, 0))
+    for line in lines:
+        draw.line(line, fill=(255, 0, 0), width=max(1, canvas.height // 224))
     if salience is None:
         return canvas
     heat = Image.fromarray(common.heat_map(salience.view(cells, cells).cpu().numpy()))

@@ -187,34 +187,46 @@ def cluster_tiles(bank, cluster, images, kind, topk, patch_size, window):
     return tiles
 
 
-def overview(shown, captions, columns=4, side=48):
-    """One sheet of all clusters: of each the caption and its first columns x columns tiles."""
-    gap, head = 12, 18
-    width, height = columns * side + gap, columns * side + head + gap
-    across = math.ceil(math.sqrt(1.5 * len(shown)))
-    canvas = Image.new("RGB", (gap + across * width, gap + math.ceil(len(shown) / across) * height), "white")
-    draw, letters = ImageDraw.Draw(canvas), common.font(12)
-    for number, (tiles, caption) in enumerate(zip(shown, captions, strict=True)):
-        x, y = gap + number % across * width, gap + number // across * height
-        draw.text((x, y), caption, fill="black", font=letters)
-        for place, tile in enumerate(tiles[:columns**2]):
-            canvas.paste(common.fit(tile, side - 2), (x + place % columns * side, y + head + place // columns * side))
+def contact_sheet(tiles, columns, side):
+    """Tiles in rows on white, each fitted to `side` pixels less a gap of 2; as high as they need."""
+    canvas = Image.new("RGB", (columns * side, max(1, math.ceil(len(tiles) / columns)) * side), "white")
+    for number, tile in enumerate(tiles):
+        canvas.paste(common.fit(tile, side - 2), (number % columns * side, number // columns * side))
     return canvas
 
 
-def explanation(image, patches, clusters, layouts, patch_size, side=360):
-    """Figure 15: an image with its chosen patches numbered, and beside it the layout of the cluster of each."""
+def overview(shown, captions, columns=4, side=48):
+    """One sheet of all clusters: of each the caption and its first columns x columns tiles."""
+    gap, head = 12, 18
+    across = math.ceil(math.sqrt(1.5 * len(shown)))
+    sheets = [contact_sheet(tiles[:columns**2], columns, side) for tiles in shown]
+    rows = [range(first, min(first + across, len(shown))) for first in range(0, len(shown), across)]
+    heights = [head + gap + max(sheets[i].height for i in row) for row in rows]
+    canvas = Image.new("RGB", (gap + across * (columns * side + gap), gap + sum(heights)), "white")
+    draw, letters, y = ImageDraw.Draw(canvas), common.font(12), gap
+    for row, height in zip(rows, heights, strict=True):
+        for place, i in enumerate(row):
+            x = gap + place * (columns * side + gap)
+            draw.text((x, y), captions[i], fill="black", font=letters)
+            canvas.paste(sheets[i], (x, y + head))
+        y += height
+    return canvas
+
+
+def explanation(image, patches, clusters, tiles, patch_size, side=360):
+    """Figure 15: an image with its chosen patches numbered, and beside it the first tiles of the cluster of each."""
     scale = side / image.width
     picture = common.fit(image, side)
-    draw, letters = ImageDraw.Draw(picture), common.font(max(12, round(0.7 * scale * patch_size)))
+    draw, letters = ImageDraw.Draw(picture), common.font(max(12, round(0.3 * scale * patch_size)))
     for number, patch in enumerate(patches):
         row, column = divmod(patch, image.width // patch_size)
         box = [scale * patch_size * cell for cell in (column, row, column + 1, row + 1)]
         draw.rectangle(box, outline=TINT[:3], width=3)
-        draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), str(number), fill="white", font=letters, anchor="mm",
-                  stroke_width=2, stroke_fill="black")
-    panels = [common.tag(common.fit(panel, side), f"{number}: cluster {cluster}")
-              for number, (cluster, panel) in enumerate(zip(clusters, layouts, strict=True))]
+        draw.text((box[0] + 5, box[1] + 3), str(number), fill="white", font=letters, stroke_width=2, stroke_fill="black")
+    panels = []
+    for number, (cluster, members) in enumerate(zip(clusters, tiles, strict=True)):
+        columns = min(6, math.isqrt(max(1, len(members)) - 1) + 1)
+        panels.append(common.tag(contact_sheet(members[:36], columns, side // columns), f"{number}: cluster {cluster}"))
     return common.beside([picture, *panels], gap=6)
 
 
@@ -233,7 +245,8 @@ def draw_all(args, backbone, bank, counts, images, folder, process):
         tiles = tiles_of(cluster, args.topk)
         layout(tiles, args.topk, side).save(folder / f"c{args.type}_crank{rank}_cid{cluster}_top{args.topk}.jpg")
         shown.append(tiles[:16])
-    captions = [f"{rank}: cluster {c}, {args.type} x {int(counts[c])}" for rank, c in enumerate(chosen)]
+    what = "patches" if args.type == "patch" else "images"
+    captions = [f"{rank}: cluster {c}, {int(counts[c])} {what}" for rank, c in enumerate(chosen)]
     overview(shown, captions).save(folder / f"c{args.type}_overview.png")
     print(f"{folder}: {len(chosen)} clusters of {int((counts > 0).sum())} that have members, of {len(counts)}", flush=True)
     if args.type == "cls":
@@ -245,8 +258,8 @@ def draw_all(args, backbone, bank, counts, images, folder, process):
             attention = common.cls_attention(model, normalize(v2.functional.pil_to_tensor(image)[None].to(process.device)))
         patches = distinct_patches(attention[0].mean(dim=0).cpu(), bank[index, :, 1])
         clusters = [int(bank[index, patch, 1]) for patch in patches]
-        layouts = [layout(tiles_of(cluster, 36), 36, side) for cluster in clusters]
-        explanation(image, patches, clusters, layouts, backbone.patch_size).save(folder / f"explained_idx{index}.png")
+        members = [tiles_of(cluster, 36) for cluster in clusters]
+        explanation(image, patches, clusters, members, backbone.patch_size).save(folder / f"explained_idx{index}.png")
 
 
 def main():
@@ -268,7 +281,7 @@ def main():
     K, size = len(head.last_layer.weight_v), backbone.image_size
     if args.out_dim not in (None, K):
         raise utils.InputError(f"--out_dim {args.out_dim}: the head of {backbone.key} has {K} outputs")
-    crop = common.centre(max(size, size // 7 * 8), size)
+    crop = common.centre(size)
     images = common.image_folder(args.data_path, v2.Compose([crop, v2.PILToTensor(), normalize]))
 
     # ============ memory bank ============

@@ -66,9 +66,8 @@ def aurra(confidence, right):
 def main():
     args = get_args_parser().parse_args()
     process, classifier, backbone = start(args, 1000)
-    size = backbone.image_size
     require(Path(args.data), f"{args.data}/WNID/*.jpg, the 200 folders of imagenet-a.tar", WHERE)
-    images = image_folder(args.data, v2.Compose([centre(max(size, size // 7 * 8), size), v2.PILToTensor(), normalize]))
+    images = image_folder(args.data, v2.Compose([centre(backbone.image_size), v2.PILToTensor(), normalize]))
     if len(images.classes) != len(CLASSES):
         raise utils.InputError(f"data folder {args.data}: {len(images.classes)} class folders, ImageNet-A has 200; "
                                "is it the folder imagenet-a itself?")

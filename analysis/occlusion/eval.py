@@ -248,7 +248,9 @@ def main():
     size = backbone.image_size
     drop, grids = grids_of(args, size, backbone.patch_size)
     saliency = saliency_of(args, backbone, process.device) if args.dino else None
-    crop = common.centre(args.scale_size or max(size, size // 7 * 8), size, args.bicubic_resize)
+    if args.scale_size and args.scale_size < size:
+        raise utils.InputError(f"--scale_size {args.scale_size}: smaller than the crop of {size} pixels")
+    crop = common.centre(size, args.scale_size, args.bicubic_resize)
     images = common.image_folder(args.data, v2.Compose([crop, v2.PILToTensor(), normalize]))
     if len(images.classes) != len(classifier.linear.bias):
         raise utils.InputError(f"--test_data {args.data}: {len(images.classes)} class folders, the classifier has "
