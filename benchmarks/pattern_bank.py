@@ -41,7 +41,7 @@ class Peak(threading.Thread):
 
 
 def measured(name, call, times=1):
-    """Print the time and the peak memory of `call()`; returns its result."""
+    """Print the time and the peak memory of `call()`; returns (its result, seconds)."""
     peak = Peak()
     peak.start()
     since = time.perf_counter()
@@ -51,7 +51,7 @@ def measured(name, call, times=1):
     peak.done = True
     peak.join()
     print(f"{name:66}{seconds:9.3f} s {peak.most - peak.first:8.0f} MiB", flush=True)
-    return result
+    return result, seconds
 
 
 @torch.inference_mode()
@@ -72,8 +72,9 @@ def main():
     head = iBOTHead(384, K, shared_head=True).to(device).eval()
     tokens = torch.randn(args.batch_size * N, 384, device=device)
     pattern.strongest(head, tokens[:64])
-    measured(f"(confidence, cluster) of {args.batch_size} images, without the backbone",
-             lambda: pattern.strongest(head, tokens).cpu(), args.batches)
+    _, seconds = measured(f"(confidence, cluster) of {args.batch_size} images, mean of {args.batches}, no backbone",
+                          lambda: pattern.strongest(head, tokens).cpu(), args.batches)
+    print(f"hence of all images: {seconds * n / args.batch_size / 60:.1f} min")
 
     # Clusters of very different sizes, as real ones are.
     bank = torch.empty(n, N, 2)
@@ -81,7 +82,7 @@ def main():
         rows[..., 0].uniform_(-0.2, 1)
         rows[..., 1] = (torch.rand(rows.shape[:2]) ** 3 * K).floor().clamp(max=K - 1)
     print(f"the bank itself: {bank.nbytes / 2**20:.0f} MiB")
-    counts = measured("counting the members of all clusters", lambda: pattern.cluster_counts(bank, K))
+    counts, _ = measured("counting the members of all clusters", lambda: pattern.cluster_counts(bank, K))
     chosen = pattern.largest_clusters(counts, 20)
     measured("the 72 best members of each of 20 clusters",
              lambda: [pattern.best_members(bank, cluster, 72) for cluster in chosen])

@@ -149,7 +149,7 @@ def drawn_matches(salience, allowed, topk):
 
 
 def draw_pair(views, pairs, patch_size, salience=None):
-    """Two views side by side with a red line with yellow ends for each pair of patches; on the left the salience, if given."""
+    """Two views side by side, a red line with yellow ends for each pair of patches; on the left the salience, if given."""
     size = views[0].shape[-1]
     factor = -(-224 // size)  # small views are enlarged
     canvas = common.divided(common.enlarge(common.beside([common.display(view) for view in views]), 224), 2)
