@@ -50,18 +50,10 @@ def records(folder):
     return {(r["key"], r["settings"]["topk"]): r for r in json.loads((folder / "results.json").read_text())}
 
 
-def test_two_processes_equal_one_and_resumed(checkpoint, digits, call, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, digits, tmp_path, monkeypatch):
     run_main(monkeypatch, linear_part, *flags(checkpoint, digits, tmp_path / "1", "--batch_size", "40"))
-    call("analysis/linear_part/eval.py", *flags(checkpoint, digits, tmp_path / "2", "--batch_size_per_gpu", "20", "--device",
-                                                "cpu", "--num_workers", "0"), processes=2)
-    one, two = records(tmp_path / "1"), records(tmp_path / "2")
+    one = records(tmp_path / "1")
     assert set(one) == {("teacher", k) for k in (1, 16, 4)} and (tmp_path / "1/accuracy.png").stat().st_size > 1000
-    for place, record in one.items():
-        assert record["metrics"]["best"]["top1"] == pytest.approx(two[place]["metrics"]["best"]["top1"], abs=2.5)  # an image of 41
-        a, b = (torch.load(tmp_path / n / f"top{place[1]}/checkpoint_teacher_linear_last.pth")["state_dict"] for n in "12")
-        for key in ("0.module.linear.weight", "9.module.linear.weight", "9.module.linear.bias"):  # large rates diverge
-            torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=1e-3)
-
     # Stopped between the files of two k: those that are behind catch up.
     calls, plain = [], ProbeRun.validate
 

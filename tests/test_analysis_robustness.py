@@ -16,6 +16,7 @@ import utils
 from analysis import classifier, combine_ckpt, common, table8
 from analysis.backgrounds_challenge import challenge_eval, in9, in9_eval
 from analysis.corruptions_surf_variations import eval as imagenet_c
+from analysis.linear_part import eval as linear_part
 from analysis.natural_adv_examples import eval as imagenet_a
 from analysis.occlusion import eval as occlusion
 
@@ -349,7 +350,8 @@ def test_saliency_of_another_network(job, val, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- all together
 
-def test_two_processes_equal_one(job, backgrounds, val, tmp_path, call, monkeypatch):
+def test_two_processes_equal_one(job, backgrounds, val, digits, tmp_path, call, monkeypatch):
+    """All robustness tests and, as it is started once, part-wise probing."""
     write_images(tmp_path / "a", [f"n{i:08}" for i in range(200)], 1, (36, 32))
     for severity in range(1, 6):
         write_images(tmp_path / "c/fog" / str(severity), "abc", 5, (32, 32), severity)
@@ -357,9 +359,11 @@ def test_two_processes_equal_one(job, backgrounds, val, tmp_path, call, monkeypa
     calls = [(in9_eval, [*large, "--data-path", backgrounds]), (challenge_eval, [*large, "--data-path", backgrounds]),
              (imagenet_a, [*large, "--data", tmp_path / "a"]), (imagenet_c, [*small, "--data", tmp_path / "c", "--corruptions", "fog"]),
              (occlusion, ["--pretrained_weights", *small[1:], "--test_data", val, "--random_drop", "--dino", "--shuffle"])]
-    for script, words in calls:
+    part = ["--pretrained_weights", job / "checkpoint.pth", "--data_path", digits, "--topk", "1", "16", "--epochs", "2", "--augment", "false"]
+    for script, words in (*calls, (linear_part, [*part, "--batch_size", "40"])):
         run_main(monkeypatch, script, *words, "--output_dir", tmp_path / "1")
-    run_in_two_processes(call, tmp_path, [(script, [*words, "--output_dir", tmp_path / "2"]) for script, words in calls])
+    run_in_two_processes(call, tmp_path, [(script, [*words, "--output_dir", tmp_path / "2"])
+                                          for script, words in (*calls, (linear_part, [*part, "--batch_size_per_gpu", "20"]))])
 
     def numbers(value):
         values = value.values() if isinstance(value, dict) else value
@@ -367,8 +371,14 @@ def test_two_processes_equal_one(job, backgrounds, val, tmp_path, call, monkeypa
 
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in "12")
     assert [r["protocol"] for r in one] == [r["protocol"] for r in two] == [
-        "imagenet9", "backgrounds_challenge", "imagenet_a", "imagenet_c", "occlusion", "shuffle"]
-    for a, b in zip(one, two, strict=True):
+        "imagenet9", "backgrounds_challenge", "imagenet_a", "imagenet_c", "occlusion", "shuffle", "linear_part", "linear_part"]
+    for a, b in zip(one[6:], two[6:], strict=True):
+        assert a["metrics"]["best"]["top1"] == pytest.approx(b["metrics"]["best"]["top1"], abs=2.5)  # an image of 41
+        a, b = (torch.load(tmp_path / n / f"top{r['settings']['topk']}/checkpoint_teacher_linear_last.pth")["state_dict"]
+                for n, r in (("1", a), ("2", b)))
+        for name in ("0.module.linear.weight", "9.module.linear.weight", "9.module.linear.bias"):  # large rates diverge
+            torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
+    for a, b in zip(one[:6], two[:6], strict=True):
         assert a["settings"] == b["settings"] and a["metrics"].keys() == b["metrics"].keys()
         assert numbers(b["metrics"]) == pytest.approx(numbers(a["metrics"]), abs=1e-3)
 
