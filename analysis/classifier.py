@@ -60,6 +60,9 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
     """
     content = utils.load_checkpoint(path)
     key = "model" if isinstance(content.get("model"), dict) else "state_dict"
+    advice = "analysis/combine_ckpt.py makes one"
+    if key not in content:
+        raise utils.InputError(f"checkpoint {path}: no classifier (no state_dict in it); {advice}")
     state = utils.network_state_dict(content, key, path)
     stored = content.get("settings", {})
     if not isinstance(stored, dict):
@@ -67,8 +70,7 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
     name = "linear" if "linear.weight" in state else "head"
     parts = [state.get(f"{name}.{part}") for part in ("weight", "bias")]
     if any(part is None for part in parts) or parts[0].ndim != 2:
-        raise utils.InputError(f"checkpoint {path}: no classifier under {key!r} (no linear.weight and linear.bias); make "
-                               "one with analysis/combine_ckpt.py")
+        raise utils.InputError(f"checkpoint {path}: no classifier under {key!r} (no linear.weight and linear.bias); {advice}")
     rest = {other: value for other, value in state.items() if not other.startswith(("linear.", "head."))}
     backbone = load_evaluated_backbone(path, key, arch, patch_size, checkpoint={key: rest, "args": stored})
     if name == "head":  # fine-tuned: on the last [CLS] token

@@ -3,13 +3,13 @@
     python analysis/table8.py --output_dir work_dirs/JOB/robustness
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from evaluation.common.results import read_results
 
 COLUMNS = ("O.F.", "M.S.", "M.R.", "M.N.", "N.F.", "O.BB.", "O.BT.", "IN-9", "S.5", "NS.5", "IN-A", "IN-C", "IN")
 PAPER = {"DINO": (89.2, 89.2, 80.4, 78.3, 52.0, 21.9, 18.4, 96.4, 64.7, 42.0, 12.3, 51.7, 77.0),
@@ -38,11 +38,10 @@ def table_row(records):
 def main():
     parser = argparse.ArgumentParser(description="Table 8 of a run", allow_abbrev=False)
     parser.add_argument("--output_dir", required=True, help="folder of results.json")
-    path = Path(parser.parse_args().output_dir) / "results.json"
-    try:
-        records = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise utils.InputError(f"{path}: cannot be read ({utils.one_line(error)})") from error
+    folder = parser.parse_args().output_dir
+    records = read_results(folder)
+    if not records:
+        raise utils.InputError(f"{Path(folder) / 'results.json'}: no results; the robustness tests write them")
     for name, row in (("", COLUMNS), *PAPER.items(), ("here", table_row(records))):
         cells = [value if isinstance(value, str) else "-" if value is None else f"{value:.1f}" for value in row]
         print(f"{name:6}" + "".join(f"{cell:>7}" for cell in cells))

@@ -19,6 +19,7 @@ from analysis.corruptions_surf_variations import eval as imagenet_c
 from analysis.linear_part import eval as linear_part
 from analysis.natural_adv_examples import eval as imagenet_a
 from analysis.occlusion import eval as occlusion
+from evaluation.common.results import append_result
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_fine_tuned_vit_and_the_references_layout(job):
 
 
 @pytest.mark.parametrize("file, message", [
-    ("checkpoint.pth", "key 'state_dict' is not in the file"), ("linear3.pth", "no classifier under 'state_dict'"), ("none.pth", "no such file")])
+    ("checkpoint.pth", "no classifier .no state_dict in it.; analysis/combine_ckpt.py makes one"), ("linear3.pth", "no classifier under 'state_dict'"), ("none.pth", "no such file")])
 def test_what_is_no_classifier(job, file, message):
     with pytest.raises(utils.InputError, match=message):
         classifier.load_classifier(job / file)
@@ -332,7 +333,7 @@ def test_occlusion_equals_a_plain_loop(job, val, tmp_path, monkeypatch):
     (("--shuffle", "--shuffle_size", "5"), "a grid of 5 cells a side: images of 32 pixels"),
     (("--shuffle", "--shuffle_h", "2"), "as many heights as widths"),
     (("--dino", "--saliency_head", "3"), "there are 3 heads"),
-    (("--random_drop", "--test_data", "/nowhere"), "/nowhere"),
+    (("--random_drop", "--test_data", "/nowhere"), "no folder /nowhere; expected: .*validation images .*image-net.org"),
 ])
 def test_mistakes_are_named(job, val, monkeypatch, words, message):
     with pytest.raises(utils.InputError, match=message):
@@ -388,8 +389,12 @@ def test_table(tmp_path, monkeypatch, capsys):
                {"protocol": "occlusion", "metrics": {"S.5": 9.0, "NS.5": 10.0, "random": {"0": [13.0, 0.0]}}},
                {"protocol": "occlusion", "metrics": {"shuffle": {}}}, {"protocol": "imagenet_c", "metrics": {"mean19": 12.0}},
                {"protocol": "imagenet9", "metrics": {"only_fg": 2.0}}]
-    (tmp_path / "results.json").write_text(json.dumps(records))
+    for record in records:
+        append_result(tmp_path, record["protocol"], "c.pth", "state_dict", {}, record["metrics"])
     assert table8.table_row(records) == [2.0, None, None, None, None, None, None, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]
+    with pytest.raises(utils.InputError, match="results.json: no results"):
+        monkeypatch.setattr(sys, "argv", ["", "--output_dir", str(tmp_path / "none")])
+        table8.main()
     monkeypatch.setattr(sys, "argv", ["", "--output_dir", str(tmp_path)])
     table8.main()
     lines = capsys.readouterr().out.splitlines()

@@ -187,6 +187,19 @@ def test_a_repeated_evaluation_replaces_the_older_one(tmp_path, capsys):
     assert len(rows(text, "k = 10")) == 4 and "checkpoint0040.pth" in printed and "1 older" in printed
 
 
+def test_results_of_the_analyses(tmp_path, capsys):
+    """Figures with and without parts of their own; lists are left to the pictures."""
+    for k in (1, 56):
+        record(tmp_path, "linear_part", LINEAR, topk=k)
+    append_result(tmp_path, "occlusion", "c.pth", "state_dict", {}, {"S.5": 60.0, "salient": {"1": [70.0, 3.0]}})
+    append_result(tmp_path, "imagenet_c", "c.pth", "state_dict", {}, {"mean19": 48.1, "mce": None, "errors": {"fog": [0.1]}})
+    printed, text = run(tmp_path, capsys)
+    assert [row[:6] for row in rows(text, "best, epoch 97, lr 0.003")] == [
+        ["teacher", "a" * 10, f"part-wise linear (topk {k})", "best, epoch 97, lr 0.003", "77.75", "93.50"] for k in (1, 56)]
+    assert [row[2:5] for row in rows(text, "occlusion")] == [["occlusion", "", "S.5 60.00"]]
+    assert [row[2:5] for row in rows(text, "ImageNet-C")] == [["ImageNet-C", "", "mean19 48.10"]]
+
+
 def test_odd_records_do_not_break_the_tables(tmp_path, capsys):
     """Of later versions, or changed by hand."""
     append_result(tmp_path, "video|objects", "c.pth", "a\nb", {"arch": 3}, {"jf": 61.8, "name": "x", "big": 10**400, "no": None})

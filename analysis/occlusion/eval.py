@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 import utils
 from analysis import common
-from analysis.classifier import classifier_parser, own_batches, record, start, summed
+from analysis.classifier import classifier_parser, own_batches, record, require, start, summed
 from evaluation.common.arguments import int_from
 from evaluation.common.charts import draw_curves
 from loader import normalize
@@ -251,6 +251,8 @@ def main():
     if args.scale_size and args.scale_size < size:
         raise utils.InputError(f"--scale_size {args.scale_size}: smaller than the crop of {size} pixels")
     crop = common.centre(size, args.scale_size, args.bicubic_resize)
+    require(Path(args.data), f"{args.data}/WNID/*.JPEG, ImageNet's validation images in a folder for each class",
+            "https://www.image-net.org")
     images = common.image_folder(args.data, v2.Compose([crop, v2.PILToTensor(), normalize]))
     if len(images.classes) != len(classifier.linear.bias):
         raise utils.InputError(f"--test_data {args.data}: {len(images.classes)} class folders, the classifier has "
