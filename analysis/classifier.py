@@ -70,7 +70,7 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
     name = "linear" if "linear.weight" in state else "head"
     parts = [state.get(f"{name}.{part}") for part in ("weight", "bias")]
     if any(part is None for part in parts) or parts[0].ndim != 2:
-        raise utils.InputError(f"checkpoint {path}: no classifier under {key!r} (no linear.weight and linear.bias); {advice}")
+        raise utils.InputError(f"checkpoint {path}: no classifier under {key!r} (no linear.weight, linear.bias); {advice}")
     rest = {other: value for other, value in state.items() if not other.startswith(("linear.", "head."))}
     backbone = load_evaluated_backbone(path, key, arch, patch_size, checkpoint={key: rest, "args": stored})
     if name == "head":  # fine-tuned: on the last [CLS] token
