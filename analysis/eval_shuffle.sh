@@ -2,4 +2,4 @@
 # Accuracy on images whose cells change places (Figure 10).
 # Flags go to the script.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-exec "${PYTHON:-python3}" "$here/occlusion/eval.py" --test_data data/imagenet/val --shuffle --shuffle_h 1 2 2 4 4 8 14 16 --shuffle_w 1 2 4 4 8 8 14 16 "$@"
+exec "${PYTHON:-python3}" "$here/occlusion/eval.py" --test_data data/imagenet/val --shuffle "$@"

@@ -128,7 +128,6 @@ def plan(args, backbone, root, images, out):
         return steps
 
     ks = sorted({max(1, round(share * (size // cell) ** 2)) for share in (1 / 196, 1 / 28, 1 / 14, 2 / 7, 4 / 7, 1)})
-    grids = [n for n in (1, 2, 4, 8, 14, 16) if size % n == 0 and n < size]
     linear, robust = out / "linear", out / "robustness"
     classifier = robust / "classifier.pth"
     probe = [*network, "--data_path", root, "--augment", "false", "--epochs", args.epochs, "--overwrite", "true"]
@@ -144,7 +143,7 @@ def plan(args, backbone, root, images, out):
              "--checkpoint_linear", linear / f"checkpoint_{backbone.key}_linear.pth", "--output_file", classifier]],
             [], ", best: top-1"),
         Step("Occlusion", [[*occlusion, "--random_drop", "--dino"]], [(robust, "occlusion.png", 1, "")], "^N?S.5"),
-        Step("Shuffling", [[*occlusion, "--shuffle", "--shuffle_size", *grids]], [(robust, "shuffle.png", 1, "")])]
+        Step("Shuffling", [[*occlusion, "--shuffle"]], [(robust, "shuffle.png", 1, "")])]
 
 
 def number_of(path):

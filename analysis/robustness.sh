@@ -28,9 +28,7 @@ run backgrounds_challenge/in9_eval.py --checkpoint "$classifier" --output_dir "$
 run natural_adv_examples/eval.py --checkpoint "$classifier" --output_dir "$output" \
     --data "${IMNET_A:-data/imnet_a/imagenet-a}" "$@"
 run corruptions_surf_variations/eval.py --checkpoint "$classifier" --output_dir "$output" --data "${IMNET_C:-data/imnet_c}" "$@"
-run occlusion/eval.py --pretrained_weights "$classifier" --output_dir "$output" --random_drop --dino \
+run occlusion/eval.py --pretrained_weights "$classifier" --output_dir "$output" --random_drop --dino --shuffle \
     --test_data "${IMAGENET_VAL:-data/imagenet/val}" "$@"
-run occlusion/eval.py --pretrained_weights "$classifier" --output_dir "$output" --shuffle --shuffle_h 1 2 2 4 4 8 14 16 \
-    --shuffle_w 1 2 4 4 8 8 14 16 --test_data "${IMAGENET_VAL:-data/imagenet/val}" "$@"
 "$python" "$here/table8.py" --output_dir "$output" || failed="$failed table8.py"
 [ -z "$failed" ] || { echo "robustness.sh: failed:$failed" >&2; exit 1; }

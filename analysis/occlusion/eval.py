@@ -1,7 +1,7 @@
 """Occlusion and shuffling (iBOT, Figures 9 and 10, Table 8): accuracy when patches are dropped or change places.
 
     python analysis/occlusion/eval.py --pretrained_weights classifier.pth --test_data data/imagenet/val --random_drop --dino
-    python analysis/occlusion/eval.py --pretrained_weights classifier.pth --shuffle --shuffle_size 1 2 4 8 14 16
+    python analysis/occlusion/eval.py --pretrained_weights classifier.pth --shuffle
     torchrun --nproc_per_node 8 analysis/occlusion/eval.py ...
 
 `--random_drop` drops cells of a grid, chosen anew for each group of 1024 images. `--dino` drops by saliency: the patches
@@ -30,6 +30,7 @@ from loader import normalize
 
 GROUP = 1024  # images that share a choice, the reference's batch
 STEPS = 10
+PAPER_GRIDS = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (14, 14), (16, 16))  # Figure 10
 
 
 def get_args_parser():
@@ -41,8 +42,9 @@ def get_args_parser():
     parser.add_argument("--dino", action="store_true", help="drop salient and non-salient patches")
     parser.add_argument("--shuffle", action="store_true", help="permute cells")
     parser.add_argument("--random_offset_drop", action="store_true", help="shift the dropped cells by half a patch")
-    parser.add_argument("--shuffle_size", type=int_from(1), nargs="+", help="sides of the grids of --shuffle; "
-                        "without --shuffle side, or height and width, of the grid of --random_drop; by default the patches")
+    parser.add_argument("--shuffle_size", type=int_from(1), nargs="+", help="sides of the grids of --shuffle, by default "
+                        "Figure 10's; without --shuffle side, or height and width, of the grid of --random_drop, by "
+                        "default the patches")
     parser.add_argument("--shuffle_h", type=int_from(1), nargs="+", help="heights of grids of --shuffle, and")
     parser.add_argument("--shuffle_w", type=int_from(1), nargs="+", help="their widths")
     parser.add_argument("--saliency_from", default="self", metavar="FILE", help="checkpoint of the ViT whose attention "
@@ -174,16 +176,19 @@ def grids_of(args, size, patch_size):
         raise utils.InputError("give --random_drop, --dino or --shuffle, or several of them")
     if len(args.shuffle_h or ()) != len(args.shuffle_w or ()):
         raise utils.InputError("--shuffle_h and --shuffle_w: give as many heights as widths")
-    sides = args.shuffle_size or [size // patch_size]
     drop = None
     if args.random_drop:
-        grid = [size // patch_size] if args.shuffle else sides
+        grid = args.shuffle_size if args.shuffle_size and not args.shuffle else [size // patch_size]
         if len(grid) > 2:
             raise utils.InputError("--shuffle_size: --random_drop takes one number, or height and width")
         drop = ((grid[0], grid[-1]), patch_size // 2 if args.random_offset_drop else 0)
-    grids = []
-    if args.shuffle:
-        grids = list(zip(args.shuffle_h, args.shuffle_w, strict=True)) if args.shuffle_h else [(n, n) for n in sides]
+    if args.shuffle_h:
+        grids = list(zip(args.shuffle_h, args.shuffle_w, strict=True))
+    elif args.shuffle_size:
+        grids = [(side, side) for side in args.shuffle_size]
+    else:
+        grids = [(h, w) for h, w in PAPER_GRIDS if size % h == size % w == 0]
+    grids = grids if args.shuffle else []
     for side in {side for grid in (*grids, *([drop[0]] if drop else [])) for side in grid}:
         if size % side:
             raise utils.InputError(f"a grid of {side} cells a side: images of {size} pixels do not divide into them")
