@@ -5,7 +5,8 @@
 
 Runs the scripts of analysis/ one after the other and puts their pictures and figures into `index.html` in the output
 folder, one file that needs no network. Images come from DATA/val (DATA itself where it has no val), by default of the
-folder that the checkpoint was trained on. With DATA/train too, heads are trained on frozen features (`--probe`).
+folder that the checkpoint was trained on. With DATA/train too, heads are trained on frozen features (`--probe`). Results of
+robustness.sh are shown, if they are in the folder `robustness` beside the checkpoint.
 """
 import base64
 import html
@@ -53,7 +54,7 @@ TEXTS = {
         "attention, in a colour for each head; a heat map for each head.",
     "Correspondence between two views":
         "Two random views of an image. Lines join patches that the network takes for the same, those with most "
-        "attention. The accuracy counts the patches that both views show.",
+        "attention. The accuracy is that of these pairs, over the patches that both views show.",
     "Correspondence between two images":
         "Two images of one class, matched in the same way.",
     "Parts of an image":
@@ -66,6 +67,9 @@ TEXTS = {
         "(salient), or all but these (non-salient). The higher a curve, the less is lost.",
     "Shuffling":
         "Its accuracy when the image is cut into cells that change places.",
+    "Robustness":
+        "Table 8 of the paper, as far as it was measured for this checkpoint, in percent: variants of ImageNet-9, half of the "
+        "attention dropped, ImageNet-A, ImageNet-C (error), ImageNet.",
 }
 
 
@@ -124,8 +128,12 @@ def plan(args, backbone, root, images, out):
              "matching accuracy"),
         Step("Correspondence between two images", [[*pairs, "--sample_type", "class"]],
              [(out / "correspondence", "class_corresp*.png", count, "Pair {}: two images of class {}")])]
+    measured = Path(args.pretrained_weights).parent / "robustness"
+    tables = []
+    if (measured / "results.json").is_file():
+        tables.append(Step("Robustness", [["table8.py", "--output_dir", measured]], [], r"^ +O\.F\.|^(DINO|iBOT|here) "))
     if root is None or not args.probe:
-        return steps
+        return steps + tables
 
     ks = sorted({max(1, round(share * (size // cell) ** 2)) for share in (1 / 196, 1 / 28, 1 / 14, 2 / 7, 4 / 7, 1)})
     linear, robust = out / "linear", out / "robustness"
@@ -143,7 +151,7 @@ def plan(args, backbone, root, images, out):
              "--checkpoint_linear", linear / f"checkpoint_{backbone.key}_linear.pth", "--output_file", classifier]],
             [], ", best: top-1"),
         Step("Occlusion", [[*occlusion, "--random_drop", "--dino"]], [(robust, "occlusion.png", 1, "")], "^N?S.5"),
-        Step("Shuffling", [[*occlusion, "--shuffle"]], [(robust, "shuffle.png", 1, "")])]
+        Step("Shuffling", [[*occlusion, "--shuffle"]], [(robust, "shuffle.png", 1, "")]), *tables]
 
 
 def number_of(path):

@@ -14,6 +14,7 @@ from PIL import Image
 
 import utils
 from analysis import report
+from evaluation.common.results import append_result
 
 
 class Links(HTMLParser):
@@ -54,6 +55,7 @@ def scripts_in_this_process(monkeypatch):
 def test_page_is_complete_and_needs_nothing_else(digits, tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path / "checkpoint.pth")
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 3, "train_cls": 2, "train_patch": 1}\n' * 2)
+    append_result(tmp_path / "robustness", "imagenet_a", "c.pth", "state_dict", {}, {"acc": 12.3456})
     words = ["--pretrained_weights", tmp_path / "checkpoint.pth", "--pictures", "2", "--epochs", "2"]
     run_main(monkeypatch, report, *words, "--data_path", digits / "train")
     page = (tmp_path / "report/index.html").read_text()
@@ -67,6 +69,7 @@ def test_page_is_complete_and_needs_nothing_else(digits, tmp_path, monkeypatch, 
     for picture in pictures:
         Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).load()
     assert "matching accuracy 0." in page and "k = 16, best: top-1" in page and "teacher, best: top-1" in page and "NS.5: " in page
+    assert re.search(r"here .* 12\.3 ", page) and page.count("O.BB.") == 1
     assert 'class="error"' not in page and "failed" not in capsys.readouterr().out
 
 
