@@ -68,8 +68,8 @@ TEXTS = {
     "Shuffling":
         "Its accuracy when the image is cut into cells that change places.",
     "Robustness":
-        "Table 8 of the paper, as far as it was measured for this checkpoint, in percent: variants of ImageNet-9, half of the "
-        "attention dropped, ImageNet-A, ImageNet-C (error), ImageNet.",
+        "Table 8 of the paper, as far as it was measured for this checkpoint, in percent: variants of ImageNet-9, half of "
+        "the attention dropped, ImageNet-A, ImageNet-C (error), ImageNet.",
 }
 
 
