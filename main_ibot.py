@@ -34,8 +34,6 @@ import utils
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
 SIGNS = ("cls_entropy", "cls_kl", "cls_std", "patch_entropy", "patch_cross", "patch_share", "patch_used")
-MAX_DROPPED = 20  # updates in a row; float16's scaler finds its scale in fewer
-BAD_IMAGES = "bad_images.txt"
 SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
 
 
@@ -101,7 +99,7 @@ def get_args_parser():
     optim.add_argument("--momentum_teacher", default=0.996, type=float, help="EMA momentum at the start; rises to 1")
     optim.add_argument("--on_nonfinite", default="stop", choices=("stop", "skip"),
                        help="losses or gradients that are not finite: end the run, or go on without that update "
-                            f"({MAX_DROPPED} in a row end it too)")
+                            f"({utils.MAX_DROPPED} in a row end it too)")
     optim.add_argument("--use_fp16", default=True, type=flag, help="mixed precision")
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
                        help="auto: bfloat16 on GPUs that have it and CPUs with matrix units for it (AMX), float16 with "
@@ -383,17 +381,6 @@ def build_optimizer(name, parameter_groups, device):
     return utils.LARS(parameter_groups)
 
 
-def choose_amp_dtype(use_fp16, amp_dtype, device):
-    """The autocast type, or None for single precision."""
-    if not use_fp16 or (amp_dtype == "auto" and device.type not in ("cuda", "cpu")):
-        return None
-    if amp_dtype == "auto" and device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None  # others only emulate it
-    if amp_dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return getattr(torch, amp_dtype)
-
-
 def build_schedules(args, steps_per_epoch, total_batch):
     """{"lr", "wd", "momentum"} of every step and {"temp", "patch_temp"} of every epoch; lines about what was shortened."""
     notes = []
@@ -485,7 +472,7 @@ def pretrain(args, signals):
         ibot_loss.compile()
         photometry = torch.compile(photometry, dynamic=False)
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student), device)
-    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
 
     # ============ resume ============
@@ -532,7 +519,7 @@ def pretrain(args, signals):
     def save_now(epoch, progress):
         """Save the run as it is before update `progress["step"]` of `epoch`; all processes call it. False if that fails."""
         nonlocal saved_at
-        own = {"total_batch": total_batch, "folder": len(dataset), "bad": bad_images(dataset, bad_before, device),
+        own = {"total_batch": total_batch, "folder": len(dataset), "bad": loader.bad_images(dataset, bad_before, device),
                "random": [part.cpu() for part in utils.gather_parts(utils.random_state(device).to(device))]}
         if main_process:
             saved = save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress | own)
@@ -551,11 +538,11 @@ def pretrain(args, signals):
             except (RuntimeError, ValueError, IndexError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
         batches = loader.device_batches(data_loader, device, photometry)
-        check = partial(check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
+        check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
             ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),
             steps_per_epoch, schedules, epoch, progress, wanted, save_now, check, amp_dtype, writer, args, device)
-        bad = bad_images(dataset, bad_before, device)
+        bad = loader.bad_images(dataset, bad_before, device)
         if main_process:
             write_logs(output_dir, epoch, stats, writer, bad)
             print(f"epoch {epoch} done: " + "  ".join(f"{k} {v:.4g}" for k, v in stats.items()))
@@ -564,7 +551,7 @@ def pretrain(args, signals):
             warned = signs.keys()
             if bad:
                 print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(bad[:10])}; all: "
-                      f"{output_dir / BAD_IMAGES}")
+                      f"{output_dir / loader.BAD_IMAGES}")
             print(end="", flush=True)
         progress = new_progress() | {"dropped": progress["dropped"]}
         save_now(epoch + 1, progress)
@@ -609,8 +596,8 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         rows = meters.read()
         for step, row in enumerate(rows, start=epoch * steps + progress["step"] - len(rows)):
             row |= {"lr": float(schedules["lr"][step]), "wd": float(schedules["wd"][step])}
-            count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
-            log_scalars(writer, "step", row, step)
+            utils.count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
+            utils.log_scalars(writer, "step", row, step)
         for row in signs.read():
             share = row.pop("patch_share")
             cross = row.pop("patch_cross")
@@ -620,8 +607,8 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
             else:
                 del row["patch_entropy"], row["patch_used"]
             if "nonfinite" not in row:
-                add_row(progress, row)
-                log_scalars(writer, "step", row, epoch * steps + progress["step"] - 1)
+                utils.add_row(progress, row)
+                utils.log_scalars(writer, "step", row, epoch * steps + progress["step"] - 1)
         return rows
 
     def save_here():
@@ -665,15 +652,15 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
             images_s = (it + 1 - since_step) * len(labels) * utils.get_world_size() / elapsed
             left = (args.epochs * steps - step - 1) * elapsed / (it + 1 - since_step)
             print(f"epoch {epoch}/{args.epochs} [{it + 1:>{len(str(steps))}}/{steps}]  "
-                  + "  ".join(f"{name} {last[name]:.4f} ({mean_of(progress, name):.4f})" for name in METERS[:4])
+                  + "  ".join(f"{name} {last[name]:.4f} ({utils.mean_of(progress, name):.4f})" for name in METERS[:4])
                   + f"  lr {last['lr']:.2e}  wd {last['wd']:.3f}  {images_s:.1f} images/s"
                   f"  data {100 * waited / elapsed:.0f} %  memory {utils.peak_memory_mib(device):.0f} MiB"
                   f"  eta {utils.eta_string(left)}", flush=True)
-            log_scalars(writer, "step", {"images_per_second": images_s}, step)
+            utils.log_scalars(writer, "step", {"images_per_second": images_s}, step)
         waited, since, since_step = 0.0, now, it + 1
         check_images()
 
-    stats = {name: mean_of(progress, name) for name in progress["totals"]}
+    stats = {name: utils.mean_of(progress, name) for name in progress["totals"]}
     labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu().numpy() for parts in (real, predicted))
     if writer:
         stats |= utils.clustering_scores(labels, clusters)
@@ -767,55 +754,14 @@ def new_progress():
             "total_batch": 0, "folder": 0, "random": []}
 
 
-def add_row(progress, row):
-    for name, value in row.items():
-        progress["totals"][name] = progress["totals"].get(name, 0.0) + value
-        progress["counts"][name] = progress["counts"].get(name, 0) + 1
-
-
-def mean_of(progress, name):
-    return progress["totals"][name] / progress["counts"][name] if name in progress["totals"] else math.nan
-
-
-def count_step(progress, step, row, has_scaler, on_nonfinite, quiet):
-    """Add a step's row to the means of the epoch, unless `train_step` dropped the step: then say so, or raise."""
-    failed = row.get("nonfinite")
-    if failed is None:
-        progress["dropped"] = 0
-        return add_row(progress, row)
-    progress["dropped"] += 1
-    if has_scaler and math.isfinite(row["loss"]):  # float16 gradients overflow now and then
-        failed = "float16 gradients overflow"
-    elif on_nonfinite == "stop":
-        raise FloatingPointError(f"not finite at step {step}: {failed} (learning rate {row['lr']:.3g}). The update was not "
-                                 "made, the last checkpoint is intact. --on_nonfinite skip goes on; with float16, try "
-                                 "--amp_dtype bfloat16 or --use_fp16 false")
-    elif not quiet:
-        print(f"warning: step {step} dropped, not finite: {failed}", flush=True)
-    if progress["dropped"] >= MAX_DROPPED:
-        raise FloatingPointError(f"{MAX_DROPPED} updates in a row dropped up to step {step}: {failed}; the last checkpoint "
-                                 "is intact")
-
-
-def log_scalars(writer, group, values, step):
-    if writer is None:
-        return
-    try:
-        for name, value in values.items():
-            if name != "nonfinite":
-                writer.add_scalar(f"{group}/{name}", value, step)
-    except OSError as error:
-        utils.warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
-
-
 def write_logs(output_dir, epoch, stats, writer, bad):
     """Add an epoch to `log.txt` and TensorBoard, list bad images. A full disk is a warning."""
-    log_scalars(writer, "epoch", stats, epoch)
+    utils.log_scalars(writer, "epoch", stats, epoch)
     try:
         with open(output_dir / "log.txt", "a") as file:
             file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
         if bad:
-            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
+            (output_dir / loader.BAD_IMAGES).write_text("\n".join(bad) + "\n")
     except OSError as error:
         utils.warn_once(f"{output_dir / 'log.txt'} cannot be written ({error.strerror})")
 
@@ -837,30 +783,6 @@ def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
     return found
 
 
-# ---------------------------------------------------------------- bad images
-
-def bad_images(dataset, before, device):
-    """Sorted paths of all images found unreadable, by any process, and `before` a resume. All processes call it."""
-    if utils.get_world_size() > 1:
-        bad = dataset.bad.to(device)
-        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        dataset.bad.copy_(bad)
-    return sorted(before | set(dataset.bad_files()))
-
-
-def check_images(dataset, before, most, output_dir, device):
-    """Raise `utils.InputError`, after naming them in a file, when too many images are bad (`--max_bad_images`)."""
-    limit = most * len(dataset) if most < 1 else most
-    if utils.host_reduce(int(dataset.bad.sum()), "sum") + len(before) <= limit:  # some may count twice
-        return
-    bad = bad_images(dataset, before, device)
-    if len(bad) > limit:
-        if utils.is_main_process():
-            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
-        raise utils.InputError(f"{len(bad)} of {len(dataset)} images cannot be read, more than --max_bad_images {most:g}; "
-                               f"{output_dir / BAD_IMAGES} has their names")
-
-
 # ---------------------------------------------------------------- files
 
 def checkpoint_files(output_dir):
@@ -871,7 +793,7 @@ def checkpoint_files(output_dir):
 
 def run_files(output_dir):
     """What a run writes into its folder, as far as it is there."""
-    others = (output_dir / name for name in ("log.txt", "tf_logs", BAD_IMAGES))
+    others = (output_dir / name for name in ("log.txt", "tf_logs", loader.BAD_IMAGES))
     return checkpoint_files(output_dir) + [path for path in others if path.exists()]
 
 
@@ -937,19 +859,9 @@ def find_checkpoint(output_dir, load_from):
 
     Raises `utils.InputError` when that file is no good, or none of those that there are.
     """
-    paths = checkpoint_files(output_dir) if load_from == "auto" else [output_dir / load_from]
-    for path in paths:
-        try:
-            return path, read_checkpoint(path)
-        except utils.InputError as error:
-            if load_from != "auto":
-                raise
-            if utils.get_rank() == 0:
-                print(f"warning: {error}", file=sys.stderr, flush=True)
-    if paths:
-        raise utils.InputError(f"--load_from auto: none of the {len(paths)} checkpoints in {output_dir} can be used; "
-                               "--overwrite true starts over")
-    return None, None
+    if load_from == "auto":
+        return utils.find_checkpoint(checkpoint_files(output_dir), read_checkpoint, "--overwrite true starts over")
+    return output_dir / load_from, read_checkpoint(output_dir / load_from)
 
 
 def read_checkpoint(path):

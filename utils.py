@@ -80,6 +80,8 @@ def run(main):
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
     # Loader processes may hang in a read; an error must not wait for them, nor for the other processes.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for child in multiprocessing.active_children():
         child.kill()
     if code:
@@ -738,6 +740,23 @@ def load_pretraining(path):
     return checkpoint
 
 
+def find_checkpoint(paths, read, advice):
+    """(path, content) of the first of `paths` that `read` takes; (None, None) if there are none.
+
+    Raises InputError, ending in `advice`, when all of them are bad.
+    """
+    for path in paths:
+        try:
+            return path, read(path)
+        except InputError as error:
+            if get_rank() == 0:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+    if paths:
+        raise InputError(f"--load_from auto: none of the {len(paths)} checkpoints in {paths[0].parent} can be used; "
+                         f"{advice}")
+    return None, None
+
+
 # ---------------------------------------------------------------- schedules
 
 def cosine_scheduler(base_value, final_value, epochs, steps_per_epoch, warmup_epochs=0, start_warmup_value=0.0):
@@ -808,6 +827,17 @@ def ema_update(teacher_parameters, student_parameters, momentum):
     torch._foreach_lerp_(teacher_parameters, [p.detach() for p in student_parameters], 1.0 - momentum)
 
 
+def choose_amp_dtype(use_fp16, amp_dtype, device):
+    """The autocast type, or None for single precision."""
+    if not use_fp16 or (amp_dtype == "auto" and device.type not in ("cuda", "cpu")):
+        return None
+    if amp_dtype == "auto" and device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None  # others only emulate it
+    if amp_dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return getattr(torch, amp_dtype)
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling with momentum (You et al., 2017).
 
@@ -844,7 +874,57 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-# ---------------------------------------------------------------- logs
+# ---------------------------------------------------------------- progress and logs
+
+MAX_DROPPED = 20  # updates in a row; float16's scaler finds its scale in fewer
+
+
+def add_row(progress, row):
+    """Add the values of a row to the sums of an epoch: `progress` has "totals" and "counts" by name."""
+    for name, value in row.items():
+        progress["totals"][name] = progress["totals"].get(name, 0.0) + value
+        progress["counts"][name] = progress["counts"].get(name, 0) + 1
+
+
+def mean_of(progress, name):
+    return progress["totals"][name] / progress["counts"][name] if name in progress["totals"] else math.nan
+
+
+def count_step(progress, step, row, has_scaler, on_nonfinite, quiet):
+    """Add a step's row to the means of the epoch, unless its update was dropped ("nonfinite" in it): then say so, or raise.
+
+    `progress["dropped"]` counts updates dropped in a row. Raises FloatingPointError by `--on_nonfinite`.
+    """
+    failed = row.get("nonfinite")
+    if failed is None:
+        progress["dropped"] = 0
+        return add_row(progress, row)
+    progress["dropped"] += 1
+    if has_scaler and math.isfinite(row["loss"]):  # float16 gradients overflow now and then
+        failed = "float16 gradients overflow"
+    elif on_nonfinite == "stop":
+        raise FloatingPointError(f"not finite at step {step}: {failed} (learning rate {row['lr']:.3g}). The update was not "
+                                 "made, the last checkpoint is intact. --on_nonfinite skip goes on; with float16, try "
+                                 "--amp_dtype bfloat16 or --use_fp16 false")
+    elif not quiet:
+        print(f"warning: step {step} dropped, not finite: {failed}", flush=True)
+    if progress["dropped"] >= MAX_DROPPED:
+        raise FloatingPointError(f"{MAX_DROPPED} updates in a row dropped up to step {step}: {failed}; the last checkpoint "
+                                 "is intact")
+
+
+def log_scalars(writer, group, values, step):
+    """Values by name to TensorBoard, if there is a writer. A full disk is a warning."""
+    if writer is None:
+        return
+    try:
+        for name, value in values.items():
+            if name != "nonfinite":
+                writer.add_scalar(f"{group}/{name}", value, step)
+    except OSError as error:
+        warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
+
+
 
 def clustering_scores(labels, clusters):
     """Agreement of integer clusters [T] with labels [T]: {"nmi", "ari", "fscore", "adjacc"}.

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 import utils
 from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from
-from evaluation.common.data import image_sets
+from evaluation.common.data import epoch_order, image_sets
 from evaluation.common.features import feature_dim, frozen_features, pool_features
 from evaluation.common.protocol import read_backbones
 from evaluation.common.results import append_result, shared_settings
@@ -150,12 +150,6 @@ class LinearHeads:
 
 
 # ---------------------------------------------------------------- batches of features
-
-def epoch_order(n, seed, epoch):
-    """The order of the images in an epoch: a permutation, int64 [n], that depends on nothing else."""
-    seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
 
 class AugmentedImages(Dataset):
     """Random resized crops, uint8 [3, size, size], of an `ImageSet`; indexed by (epoch, index).
@@ -357,7 +351,6 @@ def linear_parser(description):
                         help="resume from this file of the output folder: checkpoint_KEY_linear_last.pth, or the best one")
     linear.add_argument("--overwrite", type=utils.bool_flag, default=False,
                         help="start over in an output folder that holds a linear probe")
-    linear.add_argument("--results_dir", help="folder of results.json; by default --output_dir")
     return parser
 
 
