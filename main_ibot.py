@@ -16,7 +16,7 @@ import math
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -414,14 +414,13 @@ def train_ibot(args):
     SIGUSR1 came and the run is saved.
     """
     check_args(args)
-    signals = utils.StopSignals()
-    try:
-        pretrain(args, signals)
-    finally:
-        signals.restore()
+    with ExitStack() as at_end:
+        signals = utils.StopSignals()
+        at_end.callback(signals.restore)
+        pretrain(args, signals, at_end)
 
 
-def pretrain(args, signals):
+def pretrain(args, signals, at_end):
     process = utils.init_process(args.device, args.dist_url)
     device, main_process = process.device, process.rank == 0
     output_dir = Path(args.output_dir)
@@ -497,6 +496,7 @@ def pretrain(args, signals):
     if main_process:
         start_output(output_dir, start_epoch if path else None)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
+        at_end.callback(utils.close_writer, writer)
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
@@ -556,7 +556,6 @@ def pretrain(args, signals):
         progress = new_progress() | {"dropped": progress["dropped"]}
         save_now(epoch + 1, progress)
     if main_process:
-        writer.close()
         if start_epoch >= args.epochs:
             print(f"nothing to do: {path} has finished {start_epoch} epochs")
         print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / CHECKPOINT}")

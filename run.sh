@@ -7,23 +7,33 @@ usage() {
 usage: ./run.sh quickstart [flags]   pre-train a small ViT on handwritten digits (minutes on a CPU) and evaluate it
        ./run.sh test [flags]         run the tests; the flags go to pytest
        ./run.sh TYPE JOB_NAME ARCH KEY GPUS [flags]
+       ./run.sh report JOB_NAME      print the results of a job beside the paper's; write report.md with curves there
 
-TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn:
-            imagenet_pretrain   pre-train on data/imagenet/train
-            imagenet_knn        k-NN accuracy on data/imagenet/{train,val}
+TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_linear:
+            imagenet_pretrain      pre-train on data/imagenet/train
+          and evaluations on data/imagenet/{train,val}, whose results go to results.json in the job's folder:
+            imagenet_knn           k-NN
+            imagenet_reg           logistic regression
+            imagenet_linear        linear probes at 45 learning rates, in the sub-folder linear/KEY
+            imagenet_linear_solo   a linear probe at the rate --lr, in the sub-folder linear_solo/KEY
+            imagenet_unsup_cls     unsupervised classification
 JOB_NAME  results go to work_dirs/JOB_NAME
 ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
-KEY       network to evaluate: teacher, student, or both with a comma
+KEY       networks to evaluate: teacher, student, or both with a comma
 GPUS      number of processes
-flags     go to pre-training, or to the evaluations when TYPE holds no pre-training; --data_path replaces the default folder
+flags     go to pre-training, or to all the evaluations when TYPE holds no pre-training; --data_path replaces the default folder
 
-Pre-training that was interrupted goes on when the same command is given again, and a finished one says so: it gets
---load_from auto unless the flags hold --load_from or --overwrite. SIGTERM, SIGINT and SIGUSR1 reach what runs. The exit
+Pre-training and linear probes that were interrupted go on when the same command is given again, and finished ones say so:
+they get --load_from auto unless the flags hold --load_from or --overwrite. Several evaluations in one command share the
+features that they extract: they are kept in OUTPUT_DIR/features, unless the flags hold --dump_features or --load_features. SIGTERM, SIGINT and SIGUSR1 reach what runs. The exit
 code is that of the task that failed; 75: pre-training was stopped by a signal and has saved what it needs to go on.
 
 Environment variables:
   DATA_PATH    folder with train/ and val/ (data/imagenet)         OUTPUT_DIR   folder of the results (work_dirs/JOB_NAME)
-  PRETRAINED   checkpoint to evaluate (OUTPUT_DIR/checkpoint.pth)  AVGPOOL      pooling of k-NN features: 0, 1 or 2 (0)
+  PRETRAINED   checkpoint to evaluate (OUTPUT_DIR/checkpoint.pth)
+  AVGPOOL      pooling of the features of k-NN and regression: 0, 1 or 2 (0)
+  LINEAR_AVGPOOL, LINEAR_N_LAST_BLOCKS   of linear probes: pooling and number of blocks (ARCH with `small` or `swin`: 0, 4;
+               others: 2, 1)
   MAX_GPUS     limit of processes per node (8)                     GPUS_PER_NODE  processes per node (GPUS, at most MAX_GPUS)
   TOTAL_NODES, NODE_ID (1, 0)   nodes; node i evaluates the keys i, i + TOTAL_NODES, ...
   MASTER_ADDR, MASTER_PORT (127.0.0.1, 29500)   where several nodes meet: the address of node 0
@@ -33,15 +43,20 @@ Environment variables:
 EOF
 }
 
-TASKS="imagenet_pretrain imagenet_knn"
+TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls"
 
-# The table of tasks, a row each; TASKS and the usage list them too.
-#   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it;
-#   sub-folder of the results; flags of this task alone.
+# The table of tasks; TASKS and the usage list them too.
+#   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
+#   sub-folder of the results, in it one per key (results.json stays in the job's folder); flags of this task alone.
 task() {
+    runs=per_key data=$imagenet folders="train val" sub='' fixed=()
     case $1 in
-        imagenet_pretrain) script=main_ibot.py           runs=together data=$imagenet/train folders=''          sub='' fixed=() ;;
-        imagenet_knn)      script=evaluation/eval_knn.py runs=per_key  data=$imagenet       folders="train val" sub='' fixed=(--avgpool_patchtokens "${AVGPOOL:-0}") ;;
+        imagenet_pretrain)    script=main_ibot.py runs=together data=$imagenet/train folders='' ;;
+        imagenet_knn)         script=evaluation/eval_knn.py fixed=(--avgpool_patchtokens "${AVGPOOL:-0}") ;;
+        imagenet_reg)         script=evaluation/eval_logistic_regression.py fixed=(--avgpool_patchtokens "${AVGPOOL:-0}") ;;
+        imagenet_linear)      script=evaluation/eval_linear_multi.py sub=linear fixed=(${linear[@]+"${linear[@]}"}) ;;
+        imagenet_linear_solo) script=evaluation/eval_linear.py sub=linear_solo fixed=(${linear[@]+"${linear[@]}"}) ;;
+        imagenet_unsup_cls)   script=evaluation/unsupervised/unsup_cls.py ;;
         *) return 1 ;;
     esac
 }
@@ -233,7 +248,7 @@ launch() {
 
 # run_tasks TYPE JOB_NAME ARCH KEY GPUS [flags]
 run_tasks() {
-    local names=() keys=() extra=() flags=() part name i own
+    local names=() keys=() extra=() flags=() given=() place=() linear=() kept=() part name i own
     local script runs data folders sub fixed
     local imagenet=${DATA_PATH:-${at}data/imagenet}
 
@@ -241,7 +256,7 @@ run_tasks() {
     while [ -n "$rest" ]; do
         part=${rest%%+*}
         rest=${rest#*+}
-        task "$part" || die "unknown TYPE '$part'; known: ${TASKS// /, } (joined with +), quickstart, test"
+        task "$part" || die "unknown TYPE '$part'; known: ${TASKS// /, } (joined with +), quickstart, report, test"
         if [ "$part" = imagenet_pretrain ]; then pretrains=yes; else names+=("$part"); fi
     done
     [ -z "$pretrains" ] || names=(imagenet_pretrain ${names[@]+"${names[@]}"})
@@ -265,20 +280,35 @@ run_tasks() {
     local per_node=${GPUS_PER_NODE:-$((gpus < most ? gpus : most))}
     check_integer GPUS_PER_NODE "$per_node" 1
 
+    case $arch in
+        *small* | *swin*) linear=("${LINEAR_N_LAST_BLOCKS:-4}" "${LINEAR_AVGPOOL:-0}") ;;
+        *) linear=("${LINEAR_N_LAST_BLOCKS:-1}" "${LINEAR_AVGPOOL:-2}") ;;
+    esac
+    check_integer LINEAR_N_LAST_BLOCKS "${linear[0]}" 1
+    check_integer LINEAR_AVGPOOL "${linear[1]}" 0
+    check_integer AVGPOOL "${AVGPOOL:-0}" 0
+    linear=(--n_last_blocks "${linear[0]}" --avgpool_patchtokens "${linear[1]}")
+
     local output=${OUTPUT_DIR:-${at}work_dirs/$job}
     local checkpoint=${PRETRAINED:-$output/checkpoint.pth}
     if [ -n "$pretrains" ] && [ "$checkpoint" != "$output/checkpoint.pth" ]; then
         die "PRETRAINED is $checkpoint, but this command evaluates what it pre-trains: unset it"
     fi
-    for name in --arch --output_dir --pretrained_weights --checkpoint_key; do
+    for name in --arch --output_dir --results_dir --pretrained_weights --checkpoint_key; do
         [ -z "$(flag_value $name ${extra[@]+"${extra[@]}"})" ] ||
             die "$name cannot be passed on: ARCH, KEY and the variables OUTPUT_DIR and PRETRAINED set it"
     done
+
+    # Other data sets have other folders, which the evaluations look into.
+    local dataset=""
+    [ -n "$pretrains" ] || dataset=$(flag_value --dataset ${extra[@]+"${extra[@]}"})
+    [ "$dataset" != imagefolder ] || dataset=""
 
     # What is missing shows before the first task starts, not days later.
     if [ "${DRY_RUN:-0}" = 0 ]; then
         for name in "${names[@]}"; do
             task "$name"
+            [ -z "$dataset" ] || break
             own=""
             [ -n "$pretrains" ] && [ "$name" != imagenet_pretrain ] || own=$(flag_value --data_path ${extra[@]+"${extra[@]}"})
             for part in "" $folders; do
@@ -299,24 +329,49 @@ run_tasks() {
         resume=(--load_from auto)
     fi
 
+    # Each evaluation keeps what it extracts, for the others.
+    i=${#names[@]}
+    [ -z "$pretrains" ] || i=$((i - 1))
+    if [ "$i" -gt 1 ] && { [ -n "$pretrains" ] ||
+        [ -z "$(flag_value --dump_features ${extra[@]+"${extra[@]}"})$(flag_value --load_features ${extra[@]+"${extra[@]}"})" ]; }; then
+        kept=(--dump_features "$output/features" --load_features "$output/features")
+    fi
+
     for name in "${names[@]}"; do
         task "$name"
-        flags=(--arch "$arch" --output_dir "$output${sub:+/$sub}" ${fixed[@]+"${fixed[@]}"})
-        own=""
+        own="" given=() place=()
         if [ -z "$pretrains" ] || [ "$name" = imagenet_pretrain ]; then
             own=$(flag_value --data_path ${extra[@]+"${extra[@]}"})
-            flags+=(${extra[@]+"${extra[@]}"})
+            given=(${extra[@]+"${extra[@]}"})
+            [ -z "$sub" ] && [ "$runs" = per_key ] || given+=(${resume[@]+"${resume[@]}"})
+        elif [ -n "$sub" ]; then
+            given=(--load_from auto --overwrite true)  # a probe of the network before it was trained on is done again
         fi
-        [ -n "$own" ] || flags=(--data_path "$data" "${flags[@]}")
-        [ "$name" != imagenet_pretrain ] || flags+=(${resume[@]+"${resume[@]}"})
+        if [ -z "$own" ] && [ -z "$dataset" ]; then
+            place=(--data_path "$data")
+        elif [ -z "$own" ] && [ -n "${DATA_PATH:-}" ]; then
+            place=(--data_path "$DATA_PATH")
+        fi
         if [ "$runs" = together ]; then
-            launch "$at$script" "${flags[@]}"
-        else
-            for ((i = node; i < ${#keys[@]}; i += nodes)); do
-                launch "$at$script" --pretrained_weights "$checkpoint" --checkpoint_key "${keys[$i]}" "${flags[@]}"
-            done
+            launch "$at$script" ${place[@]+"${place[@]}"} --arch "$arch" --output_dir "$output" ${given[@]+"${given[@]}"}
+            continue
         fi
+        for ((i = node; i < ${#keys[@]}; i += nodes)); do
+            flags=(--output_dir "$output")
+            [ -z "$sub" ] || flags=(--output_dir "$output/$sub/${keys[$i]}" --results_dir "$output")
+            flags+=(${fixed[@]+"${fixed[@]}"} ${kept[@]+"${kept[@]}"} ${given[@]+"${given[@]}"})
+            launch "$at$script" --pretrained_weights "$checkpoint" --checkpoint_key "${keys[$i]}" \
+                ${place[@]+"${place[@]}"} --arch "$arch" "${flags[@]}"
+        done
     done
+}
+
+# report JOB_NAME
+report() {
+    [ $# = 1 ] || die "usage: ./run.sh report JOB_NAME"
+    local output=${OUTPUT_DIR:-${at}work_dirs/$1}
+    [ "${DRY_RUN:-0}" != 0 ] || [ -d "$output" ] || die "no folder $output with results; OUTPUT_DIR names another one"
+    run "$python" "${at}evaluation/report.py" --output_dir "$output"
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -341,6 +396,11 @@ case ${1-} in
         cd "$root"
         quoted "$python" -m pytest -q tests "$@"
         [ "${DRY_RUN:-0}" != 0 ] || exec "$python" -m pytest -q tests "$@"  # in the foreground, for debuggers
+        ;;
+    report)
+        shift
+        case ${1-} in -h | --help) usage; exit ;; esac
+        report "$@"
         ;;
     *) run_tasks "$@" ;;
 esac

@@ -80,9 +80,10 @@ def run(main):
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
     # Loader processes may hang in a read; an error must not wait for them, nor for the other processes.
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at their death
+    for child in children:
         child.kill()
     if code:
         os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
@@ -939,6 +940,14 @@ def clustering_scores(labels, clusters):
             "ari": float(metrics.adjusted_rand_score(labels, clusters)),
             "fscore": float(metrics.fowlkes_mallows_score(labels, clusters)),
             "adjacc": float(counts[rows, columns].sum() / len(labels))}
+
+
+def close_writer(writer):
+    """Write TensorBoard's last events. A full disk is a warning."""
+    try:
+        writer.close()
+    except OSError as error:
+        warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
 
 
 class DeviceMeters:

@@ -109,8 +109,12 @@ def differences(a, b):
 
 
 def disturb(fault, process, output, seconds, rng, notes):
-    """Let `fault` happen within `seconds` of training; returns when the run has ended."""
-    time.sleep(rng.uniform(0, seconds))
+    """Let `fault` happen within `seconds` of training, each second time during a save; returns when the run has ended."""
+    time.sleep(rng.uniform(0, 0.7 * seconds))
+    if rng.random() < 0.5:
+        while process.poll() is None and not list(output.glob(".checkpoint*")):
+            pass
+        time.sleep(rng.uniform(0, 0.005))
     if process.poll() is not None:
         notes["over before"] += 1
     elif fault == "term":

@@ -18,7 +18,7 @@ from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.data import image_sets
 from evaluation.common.knn import knn_classify, topk_accuracy, usable_ks
 from evaluation.common.protocol import extract_features_of_keys, read_backbones
-from evaluation.common.results import append_result, shared_settings
+from evaluation.common.results import append_result, results_folder, shared_settings
 
 
 def get_args_parser():
@@ -39,9 +39,9 @@ def evaluate(args, key, backbone, sets, features, ks, device):
     accuracy = {k: topk_accuracy(ranked, val_labels) for k, ranked in predictions.items()}
     for k, (top1, top5) in accuracy.items():
         print(f"{key}, {k}-NN: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
-    if args.output_dir:
+    if results_folder(args):
         settings = shared_settings(args, backbone, train, val) | {"temperature": args.temperature}
-        append_result(args.output_dir, "knn", args.pretrained_weights, key, settings,
+        append_result(results_folder(args), "knn", args.pretrained_weights, key, settings,
                       {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()})
     return accuracy
 

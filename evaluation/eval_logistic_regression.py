@@ -21,7 +21,7 @@ from evaluation.common.data import image_sets
 from evaluation.common.knn import topk_accuracy
 from evaluation.common.logistic import fit_logistic, predict
 from evaluation.common.protocol import extract_features_of_keys, read_backbones
-from evaluation.common.results import append_result, shared_settings
+from evaluation.common.results import append_result, results_folder, shared_settings
 
 
 def get_args_parser():
@@ -55,9 +55,9 @@ def evaluate(args, key, backbone, sets, features, device):
         late = "" if fit["excess"] <= args.tolerance else f"; not converged, {fit['excess']:.1e} of it may be left"
         print(f"{key}, lambda {lambd:g}: top-1 {fit['top1']:.2f} %, top-5 {fit['top5']:.2f} %, objective "
               f"{fit['objective']:.5f} after {fit['iterations']} iterations{late}", flush=True)
-    if args.output_dir:
+    if results_folder(args):
         settings = shared_settings(args, backbone, *sets) | {"raw_lambda": args.raw_lambda, "tolerance": args.tolerance}
-        append_result(args.output_dir, "logistic", args.pretrained_weights, key, settings,
+        append_result(results_folder(args), "logistic", args.pretrained_weights, key, settings,
                       {f"{lambd:g}": metrics[lambd] for lambd in args.lr_lambd})
     return metrics
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import loader
 import main_ibot
@@ -96,6 +97,9 @@ def test_stopped_run_goes_on_bit_for_bit(batches, number, extra, whole, digits, 
     assert progress["step"] == (batches - 1) % 7 and len(progress["labels"]) == 16 * progress["step"]
     train(*flags)
     assert_same_run(tmp_path, whole)
+    events = EventAccumulator(str(tmp_path / "tf_logs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("step/loss")] == list(range(14))  # none lost, none twice
 
 
 def test_stop_amid_accumulation(digits, tmp_path, after_batches):

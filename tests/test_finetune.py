@@ -258,6 +258,17 @@ def test_layers_of_the_projection_head(layers, pretrained):
     assert ids == {5} and source.key == "teacher"
 
 
+@pytest.mark.parametrize("words", [[], ["--avgpool_patchtokens", 1], ["--arch", "swin_tiny", "--image_size", 64]])
+def test_every_parameter_learns(words):
+    torch.manual_seed(0)
+    model, _ = finetune.build_network(parse("--init_scale", 1, "--drop_path", 0, *words), "random", {}, 10)
+    optimizer = torch.optim.AdamW(finetune.parameter_groups(model, 0.75, False), lr=0.0)
+    batch = (torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))
+    losses = [finetune.train_step(iter([batch]), model, optimizer, None, 1e-3, 0.0)["loss"] for _ in range(3)]
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert losses[2] < losses[0]
+
+
 # ---------------------------------------------------------------- updates
 
 def test_first_updates_equal_plain_adamw():
@@ -696,6 +707,7 @@ def test_transfer_and_few_labels(pretrained, digits, tmp_path):
     (["--weight_decay", "-1"], "--weight_decay must not be negative"),
     (["--batch_size", "128"], "120 images are fewer than one batch of 128"),
     (["--finetune_head_layer", "1"], "random"),
+    (["--arch", "swin_tiny", "--use_mean_pooling"], "a Swin has mode 0 only"),
     (["--load_from", "checkpoint.pth"], "checkpoint.pth does not exist"),
     (["--load_from", "auto", "--lr", "1e-3,2e-3", "--data_path", "/nowhere"], "/nowhere"),
     (["--pretrained_weights", "/nowhere.pth"], "/nowhere.pth: no such file")])

@@ -331,7 +331,7 @@ def test_resuming_equals_an_uninterrupted_run(probe, script, words, tmp_path, mo
             if path.name.endswith("_last.pth") and state["epoch"] == 2:
                 raise KeyboardInterrupt
         patch.setattr(utils, "save_atomically", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):  # utils.run turned it into an exit code
             probe(script, tmp_path / "cut", *words, "--overwrite", "true")
     assert len(lines(tmp_path / "cut")) == 1
     probe(script, tmp_path / "cut", *words, "--load_from", "checkpoint_teacher_linear_last.pth")
@@ -421,6 +421,36 @@ def test_overwriting(probe, tmp_path, capfd):
     with pytest.raises(SystemExit):  # a log that another script may have written
         probe(eval_linear, tmp_path, "--overwrite", "true")
     assert "log.txt" in capfd.readouterr().err and len(lines(tmp_path)) == 1
+
+
+def test_resuming_what_is_there(probe, tmp_path, capfd):
+    """`--load_from auto`, as run.sh gives it: the same command starts, goes on, or says that nothing is left."""
+    again = ("--load_from", "auto", "--lr", 1)
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/log.txt").touch()  # killed in its first epoch
+    first = probe(eval_linear, tmp_path / "job", *again)
+    assert "starting at epoch 0 of 3" in first
+    assert "nothing to do" in probe(eval_linear, tmp_path / "job", *again)
+    last = tmp_path / "job/checkpoint_teacher_linear_last.pth"
+    torch.save(read(tmp_path / "job/checkpoint_teacher_linear.pth") | {"epoch": 2}, last)
+    assert "starting at epoch 2 of 3" in probe(eval_linear, tmp_path / "job", *again)
+    assert [line["epoch"] for line in lines(tmp_path / "job")] == [0, 1, 2]
+    # Of other weights: only with --overwrite true, which takes nothing away from one of the same weights.
+    assert "nothing to do" in probe(eval_linear, tmp_path / "job", *again, "--overwrite", "true")
+    torch.save(read(last) | {"settings": read(last)["settings"] | {"weights_hash": "others"}}, last)
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        probe(eval_linear, tmp_path / "job", *again)
+    assert re.fullmatch(r"error: checkpoint .*_last\.pth: trained on features of other weights; --overwrite true starts over\n", capfd.readouterr().err)
+    output = probe(eval_linear, tmp_path / "job", *again, "--overwrite", "true")
+    assert "is of other weights: starting over" in output and "starting at epoch 0 of 3" in output
+    assert [line["epoch"] for line in lines(tmp_path / "job")] == [0, 1, 2]
+    output = probe(eval_linear, tmp_path / "keys", *again, "--checkpoint_key", "teacher,student")
+    assert output.count("starting at epoch 0") == 2
+    (tmp_path / "keys/teacher/checkpoint_teacher_linear_last.pth").unlink()
+    with pytest.raises(SystemExit):  # a log that another script may have written
+        probe(eval_linear, tmp_path / "keys", *again, "--checkpoint_key", "teacher,student")
+    assert "already holds log.txt; which is not of this probe" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("script, words, message", [

@@ -103,6 +103,93 @@ def test_evaluation_alone_takes_flags_and_variables(repository):
     assert flag(command, "--avgpool_patchtokens") == "2"
 
 
+SCRIPTS = {"imagenet_knn": "eval_knn.py", "imagenet_reg": "eval_logistic_regression.py", "imagenet_linear": "eval_linear_multi.py",
+           "imagenet_linear_solo": "eval_linear.py", "imagenet_unsup_cls": "unsupervised/unsup_cls.py"}
+
+
+@pytest.mark.parametrize("arch, blocks, pooling", [
+    ("vit_small", "4", "0"), ("deit_small", "4", "0"), ("swin_tiny", "4", "0"), ("swin_base", "4", "0"),
+    ("vit_tiny", "1", "2"), ("vit_base", "1", "2"), ("vit_large", "1", "2")])
+def test_evaluations_after_pretraining(repository, arch, blocks, pooling):
+    pretrain, *evaluations = commands(repository, "+".join(["imagenet_pretrain", *SCRIPTS]), "job", arch, "teacher", 1,
+                                      "--epochs", "3", "--overwrite", "true")
+    assert pretrain[-4:] == ["--epochs", "3", "--overwrite", "true"]
+    assert [command[1] for command in evaluations] == [f"evaluation/{script}" for script in SCRIPTS.values()]
+    for kind, command in zip(SCRIPTS, evaluations, strict=True):
+        words = ["--pretrained_weights", "work_dirs/job/checkpoint.pth", "--checkpoint_key", "teacher", "--data_path",
+                 "data/imagenet", "--arch", arch]
+        keeps = ["--dump_features", "work_dirs/job/features", "--load_features", "work_dirs/job/features"]
+        if "linear" in kind:  # a folder per key, but one results.json; weights that have changed are no reason to stop
+            words += ["--output_dir", f"work_dirs/job/{kind.removeprefix('imagenet_')}/teacher", "--results_dir", "work_dirs/job",
+                      "--n_last_blocks", blocks, "--avgpool_patchtokens", pooling, *keeps, "--load_from", "auto", "--overwrite", "true"]
+        else:
+            words += ["--output_dir", "work_dirs/job", *(["--avgpool_patchtokens", "0"] if "unsup" not in kind else []), *keeps]
+        assert command[2:] == words
+
+
+def test_variables_of_the_features(repository):
+    """Each by itself, unlike in the reference."""
+    def flags(kind, arch="vit_small", **variables):
+        [command] = commands(repository, kind, "job", arch, "teacher", 1, **variables)
+        return {name: flag(command, name) for name in ("--n_last_blocks", "--avgpool_patchtokens") if name in command}
+
+    for kind in ("imagenet_linear", "imagenet_linear_solo"):
+        assert flags(kind, LINEAR_N_LAST_BLOCKS="2") == {"--n_last_blocks": "2", "--avgpool_patchtokens": "0"}
+        assert flags(kind, "vit_base", LINEAR_AVGPOOL="1", AVGPOOL="0") == {"--n_last_blocks": "1", "--avgpool_patchtokens": "1"}
+    assert flags("imagenet_reg", AVGPOOL="2", LINEAR_AVGPOOL="1") == {"--avgpool_patchtokens": "2"}
+    assert flags("imagenet_unsup_cls", AVGPOOL="2") == {}
+    for name, value in (("AVGPOOL", "x"), ("LINEAR_AVGPOOL", "-1"), ("LINEAR_N_LAST_BLOCKS", "0")):
+        assert f"{name} must be" in error(call(repository, "imagenet_knn", "job", "vit_small", "teacher", 1, **{name: value}))
+
+
+def test_evaluations_alone_take_the_flags(repository):
+    kinds = "imagenet_linear+imagenet_knn"
+    linear, knn = commands(repository, kinds, "job", "vit_small", "teacher", 1, "--image_size", 96)
+    assert linear[-4:] == ["--image_size", "96", "--load_from", "auto"] and knn[-2:] == ["--image_size", "96"]
+    assert "--overwrite" not in linear  # of other weights, it may be another checkpoint's
+    assert flag(linear, "--dump_features") == flag(knn, "--load_features") == "work_dirs/job/features"
+    # What the user says counts, and for one evaluation nothing is kept.
+    for word in ("--dump_features", "--load_features=x"):
+        for command in commands(repository, kinds, "job", "vit_small", "teacher", 1, word, "mine"):
+            assert not any("job/features" in other for other in command)
+    assert "--dump_features" not in commands(repository, "imagenet_knn", "job", "vit_small", "a,b", 1)[0]
+    assert "--dump_features" not in commands(repository, "imagenet_pretrain+imagenet_knn", "job", "vit_small", "a,b", 1)[1]
+    for word in ("--load_from", "--overwrite=true"):
+        [command] = commands(repository, "imagenet_linear_solo", "job", "vit_small", "teacher", 1, word, "x")
+        assert command[-2:] == [word, "x"] and "auto" not in command
+
+
+def test_several_keys_on_several_nodes(repository):
+    for node, keys in (("0", ["a", "c"]), ("1", ["b"])):
+        found = commands(repository, "imagenet_linear+imagenet_unsup_cls", "job", "vit_small", "a,b,c", 2, TOTAL_NODES="2", NODE_ID=node)
+        assert [flag(command, "--checkpoint_key") for command in found] == keys * 2
+        assert [flag(command, "--output_dir") for command in found[:len(keys)]] == [f"work_dirs/job/linear/{key}" for key in keys]
+        assert all("--standalone" in command for command in found)
+
+
+def test_other_data_sets_have_other_folders(repository):
+    (repository / "work_dirs/job").mkdir(parents=True)
+    (repository / "work_dirs/job/checkpoint.pth").touch()
+    path = fake_python(repository / "bin", 0)
+    words = ("imagenet_knn", "job", "vit_small", "teacher", 1, "--dataset", "cifar10")
+    assert call(repository, *words, path=path).returncode == 0  # though there is no data/imagenet
+    [command] = commands(repository, *words)
+    assert "--data_path" not in command
+    [command] = commands(repository, *words, DATA_PATH="mine")
+    assert flag(command, "--data_path") == "mine"
+    [command] = commands(repository, *words, "--dataset=imagefolder")
+    assert flag(command, "--data_path") == "data/imagenet"
+
+
+def test_report(repository):
+    assert commands(repository, "report", "my job") == [["python3", "evaluation/report.py", "--output_dir", "work_dirs/my job"]]
+    [command] = commands(repository, "report", "job", OUTPUT_DIR="out")
+    assert command[-1] == "out"
+    assert "no folder work_dirs/job" in error(call(repository, "report", "job"))
+    for words in ([], ["a", "b"]):
+        assert "./run.sh report JOB_NAME" in error(call(repository, "report", *words))
+
+
 def test_processes_per_node(repository):
     def processes(gpus, **variables):
         [command] = commands(repository, "imagenet_pretrain", "job", "vit_small", "teacher", gpus, **variables)
@@ -169,7 +256,7 @@ def test_test(repository):
 def test_unknown_type(repository, kind):
     line = error(call(repository, kind, "job", "vit_small", "teacher", 1))
     assert f"unknown TYPE '{kind.split('+')[-1]}'" in line
-    assert all(known in line for known in ("quickstart", "test", "imagenet_pretrain", "imagenet_knn"))
+    assert all(known in line for known in ("quickstart", "report", "test", "imagenet_pretrain", *SCRIPTS))
 
 
 def test_missing_arguments_are_named(repository):
@@ -183,6 +270,7 @@ def test_missing_arguments_are_named(repository):
     (("vit_small", "", "1"), {}, "KEY"),
     (("vit_small", "teacher", "1"), {"TOTAL_NODES": "2", "NODE_ID": "2"}, "NODE_ID 2"),
     (("vit_small", "teacher", "1", "--output_dir", "x"), {}, "--output_dir cannot be passed on"),
+    (("vit_small", "teacher", "1", "--results_dir=x"), {}, "--results_dir cannot be passed on"),
     (("vit_small", "teacher", "1"), {"PRETRAINED": "old.pth"}, "PRETRAINED is old.pth"),
 ])
 def test_bad_values(repository, words, variables, expected):
@@ -206,9 +294,10 @@ def test_missing_checkpoint(repository):
 
 def test_no_arguments_and_help(repository):
     assert call(repository).returncode == 2
-    for words in (["--help"], ["quickstart", "--help"]):
+    for words in (["--help"], ["quickstart", "--help"], ["report", "--help"]):
         result = call(repository, *words)
-        assert result.returncode == 0 and "imagenet_knn" in result.stdout and "MASTER_ADDR" in result.stdout
+        assert result.returncode == 0
+        assert all(word in result.stdout for word in (*SCRIPTS, "report JOB_NAME", "MASTER_ADDR", "LINEAR_AVGPOOL"))
 
 
 # ---------------------------------------------------------------- failures
@@ -220,6 +309,16 @@ def fake_python(folder, code):
     file.write_text(f'#!/bin/sh\necho "$*" >> "{folder}/calls"\nexit {code}\n')
     file.chmod(0o755)
     return folder
+
+
+def test_a_failed_evaluation_ends_the_command(repository):
+    for part in ("train", "val"):
+        (repository / "data/imagenet" / part).mkdir(parents=True)
+    path = fake_python(repository / "bin", 0)
+    (path / "python3").write_text(f'#!/bin/sh\necho "$*" >> "{path}/calls"\ncase "$*" in *eval_linear*student*) exit 3 ;; esac\n')
+    result = call(repository, "imagenet_pretrain+imagenet_linear+imagenet_knn", "job", "vit_small", "teacher,student", 1, path=path)
+    assert result.returncode == 3 and "imagenet_linear failed with code 3" in result.stderr
+    assert ["main_ibot" in line or "eval_linear_multi" in line for line in (path / "calls").read_text().splitlines()] == [True] * 3
 
 
 @pytest.mark.parametrize("code, started", [(7, 1), (0, 3)])

@@ -48,7 +48,8 @@ def evaluation_parser(description, frozen=True):
     data.add_argument("--image_size", type=int_from(1),
                       help="side in pixels; by default that of the checkpoint's global crops, else 224")
     data.add_argument("--batch_size_per_gpu", type=int_from(1), default=128, help="images per process and batch")
-    data.add_argument("--num_workers", type=int_from(0), default=10, help="loader workers per process")
+    data.add_argument("--num_workers", type=int_from(0), default=utils.default_workers(),
+                      help="loader workers per process; by default its share of the cores less one, at most 10")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", help="folder whose results.json gets a record of this evaluation")

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from evaluation.common.backbone import load_evaluated_backbone, read_weights
 from evaluation.common.clustering import load_projection_head
 from evaluation.common.data import image_sets
 from evaluation.common.features import sharded_loader
-from evaluation.common.results import append_result, shared_settings
+from evaluation.common.results import append_result, read_results, results_folder, shared_settings
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
@@ -667,14 +667,13 @@ def finetune(args, protocol):
     numbers that are not finite, and `utils.Preempted` when SIGTERM or SIGUSR1 came and the run is saved.
     """
     rates = check_args(args)
-    signals = utils.StopSignals()
-    try:
-        return run_all(args, protocol, rates, signals)
-    finally:
-        signals.restore()
+    with ExitStack() as at_end:
+        signals = utils.StopSignals()
+        at_end.callback(signals.restore)
+        return run_all(args, protocol, rates, signals, at_end)
 
 
-def run_all(args, protocol, rates, signals):
+def run_all(args, protocol, rates, signals, at_end):
     process = utils.init_process(args.device, args.dist_url)
     main = process.rank == 0
     keys = checkpoint_keys(args.pretrained_weights, args.checkpoint_key)
@@ -689,10 +688,11 @@ def run_all(args, protocol, rates, signals):
         check_folder(folder, args, protocol.best_file.replace("KEY", key))
     if main:
         print(utils.describe_run(args, process), flush=True)
+    read_results(results_folder(args))  # a damaged one, or a wrong key, is not found hours later
     checkpoint = read_weights(args.pretrained_weights)
     sets = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
                       download=args.download)
-    for key in keys:  # a wrong one is not found hours later
+    for key in keys:
         build_network(args, key, checkpoint, len(sets[0].classes))
     if process.world_size > 1:
         torch.distributed.barrier()  # nobody may write before all have looked
@@ -701,7 +701,8 @@ def run_all(args, protocol, rates, signals):
     for (key, rate), folder in runs.items():
         if main and len(runs) > 1:
             print(f"\n==== {key}, lr {rate:g}: {folder}", flush=True)
-        found[key][rate], is_new = run_one(args, protocol, key, rate, folder, checkpoint, sets, process, signals)
+        found[key][rate], is_new = run_one(args, protocol, key, rate, folder, checkpoint, sets, process, signals,
+                                          at_end)
         trained |= {key} if is_new else set()
     for key in keys if main and not args.eval else ():
         if len(rates) > 1:
@@ -719,7 +720,7 @@ def report_sweep(args, protocol, key, found, record):
     print(end="", flush=True)
     if record:
         records, settings = found[best]
-        append_result(args.results_dir or args.output_dir, protocol.name, args.pretrained_weights, key,
+        append_result(results_folder(args), protocol.name, args.pretrained_weights, key,
                       settings | {"swept": list(found)}, records)
 
 
@@ -728,7 +729,7 @@ def described(record):
     return f"top-1 {record['top1']:.2f} %{top5} (epoch {record['epoch']})"
 
 
-def run_one(args, protocol, key, rate, folder, content, sets, process, signals):
+def run_one(args, protocol, key, rate, folder, content, sets, process, signals, at_end):
     """Fine-tune one network. Returns (({"best", "last"} validations, settings of the record), whether it trained)."""
     device, main = process.device, process.rank == 0
     train, val = sets
@@ -741,7 +742,8 @@ def run_one(args, protocol, key, rate, folder, content, sets, process, signals):
     model = model.to(device)
     amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     val_loader = sharded_loader(val.with_transform(val_transform(source.image_size, args.crop_pct, args.val_interpolation)),
-                                max(1, args.batch_size_per_gpu * 3 // 2), args.num_workers, process)
+                                max(1, args.batch_size_per_gpu * 3 // 2), args.num_workers, process,
+                                persistent_workers=args.num_workers > 0, worker_init_fn=utils.ignore_signals)
     if args.eval:
         path = folder / (args.load_from if args.load_from not in (None, "auto") else best_file)
         load_network(model, utils.load_checkpoint(path).get("model"), path)
@@ -807,6 +809,7 @@ def run_one(args, protocol, key, rate, folder, content, sets, process, signals):
     if main:
         start_folder(folder, best_file, first_epoch if path else None)
         writer = SummaryWriter(folder / "tf_logs", purge_step=started or None)
+        at_end.callback(utils.close_writer, writer)
         print(f"data: {len(train)} training and {len(val)} validation images of {num_classes} classes, {steps} steps an "
               f"epoch, {args.num_workers} loader processes")
         print(f"network: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; precision: "
@@ -883,12 +886,11 @@ def run_one(args, protocol, key, rate, folder, content, sets, process, signals):
                 (folder / loader.BAD_IMAGES).write_text("\n".join(bad) + "\n")
                 print(f"skipped {len(bad)} unreadable images so far; all: {folder / loader.BAD_IMAGES}", flush=True)
             if is_last:
-                writer.close()
                 print(f"training time {utils.eta_string(time.time() - start_time)}; {key}, lr {rate:g}: best "
                       f"{described(progress['best'])}, last {described(progress['last'])}; {folder / best_file}",
                       flush=True)
                 # A sweep's own record is that of its best rate.
-                append_result(folder if "," in args.lr else args.results_dir or args.output_dir, protocol.name,
+                append_result(folder if "," in args.lr else results_folder(args), protocol.name,
                               args.pretrained_weights, key, settings, {k: progress[k] for k in ("best", "last")})
         progress |= {"step": 0, "totals": {}, "counts": {}}
         save_now(epoch + 1, names)

@@ -25,7 +25,7 @@ from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_
 from evaluation.common.data import epoch_order, image_sets
 from evaluation.common.features import feature_dim, frozen_features, pool_features
 from evaluation.common.protocol import read_backbones
-from evaluation.common.results import append_result, shared_settings
+from evaluation.common.results import append_result, results_folder, shared_settings
 from loader import normalize
 
 MOMENTUM, LARS_ETA = 0.9, 0.001
@@ -283,12 +283,20 @@ def checkpoint_state(heads, configs, scale, epoch, epochs, best, settings, sweep
                     "best_acc_sweep_lr_only": best["best_sweep_lr_only"]["top1"]}
 
 
+class OtherWeights(utils.InputError):
+    """The heads in a file are of another backbone."""
+
+
 def restore(path, heads, mine, configs, scale, epochs, settings, sweep):
     """Load the heads `mine` (a slice) from a file of `checkpoint_state` or of the reference: (next epoch, best so far).
 
-    Raises InputError for a file that is none, and for one of other rates, settings, classes or features.
+    Raises InputError for a file that is none, and for one of other rates, settings, classes or features; `OtherWeights`
+    if those of the backbone were others.
     """
     checkpoint = utils.load_checkpoint(path)
+    stored = checkpoint.get("settings", {})
+    if stored.get("weights_hash", settings["weights_hash"]) != settings["weights_hash"]:
+        raise OtherWeights(f"checkpoint {path}: trained on features of other weights; --overwrite true starts over")
     plural = "s" if sweep else ""
     kinds = {"epoch": int, "state_dict": dict, f"optimizer{plural}": list if sweep else dict,
              f"scheduler{plural}": list if sweep else dict, "best_acc": (float, int)}
@@ -306,8 +314,7 @@ def restore(path, heads, mine, configs, scale, epochs, settings, sweep):
         if length != epochs or not rates or not math.isclose(rates[0], scale * config.lr, rel_tol=1e-6):
             raise utils.InputError(f"checkpoint {path}: trained at rate {rates} for {length} epochs, this run is set to "
                                    f"[{scale * config.lr}] and {epochs}; rates grow with the total batch")
-    differ = [name for name, value in checkpoint.get("settings", {}).items()
-              if name != "data_path" and settings.get(name) != value]
+    differ = [name for name, value in stored.items() if name != "data_path" and settings.get(name) != value]
     if differ:
         raise utils.InputError(f"checkpoint {path}: trained with other {', '.join(differ)}")
     names = [f"{i}.module.linear" if sweep else "module.linear" for i in range(len(configs))]
@@ -348,7 +355,8 @@ def linear_parser(description):
     linear.add_argument("--num_labels", type=int_from(1), help="outputs of a head; by default the number of classes")
     linear.add_argument("--seed", type=int_from(0), default=0, help="of first weights, order of images and crops")
     linear.add_argument("--load_from", metavar="FILE",
-                        help="resume from this file of the output folder: checkpoint_KEY_linear_last.pth, or the best one")
+                        help="resume from this file of the output folder: checkpoint_KEY_linear_last.pth, or the best one; "
+                             "auto: from the former if it is there; with --overwrite true, if it is of these weights too")
     linear.add_argument("--overwrite", type=utils.bool_flag, default=False,
                         help="start over in an output folder that holds a linear probe")
     return parser
@@ -363,13 +371,13 @@ def check_output(folder, key, args):
     """Raise InputError when `folder` cannot take this probe, or its checkpoint is not there."""
     if folder.exists() and not folder.is_dir():
         raise utils.InputError(f"--output_dir {folder} is a file")
-    if args.load_from:
+    last = folder / f"checkpoint_{key}_linear_last.pth"
+    if args.load_from and args.load_from != "auto":
         if not (folder / args.load_from).is_file():
             raise utils.InputError(f"--load_from: {folder / args.load_from} does not exist")
         return
-    last = folder / f"checkpoint_{key}_linear_last.pth"
-    held = [path.name for path in (last, folder / "log.txt") if path.exists()]
-    if not held or args.overwrite and last.exists():
+    held = [path.name for path in (last, folder / "log.txt") if path.exists() and path.stat().st_size]
+    if not held or (args.overwrite or args.load_from) and last.exists():
         return
     advice = (f"resume with --load_from {last.name}, start over with --overwrite true, or choose" if last.exists()
               else "which is not of this probe; choose")
@@ -436,7 +444,7 @@ def run_probe(args, configs, protocol):
     if process.rank == 0:
         print(utils.describe_run(args, process), flush=True)
     keys = checkpoint_keys(args.pretrained_weights, args.checkpoint_key)
-    if args.load_from and len(keys) > 1:
+    if args.load_from not in (None, "auto") and len(keys) > 1:
         raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key, not {len(keys)}")
     folders = {key: Path(args.output_dir) / (key if len(keys) > 1 else "") for key in keys}
     for key, folder in folders.items():
@@ -497,9 +505,16 @@ def probe(args, configs, protocol, key, folder, backbone, train, val, process):
 
     # ============ files ============
     last_file, best_file = (folder / f"checkpoint_{key}_linear{suffix}.pth" for suffix in ("_last", ""))
+    load_from = folder / args.load_from if args.load_from and args.load_from != "auto" else last_file
     start, best = 0, None
-    if args.load_from:
-        start, best = restore(folder / args.load_from, heads, mine, configs, scale, args.epochs, settings, sweep)
+    if args.load_from and load_from.exists():
+        try:
+            start, best = restore(load_from, heads, mine, configs, scale, args.epochs, settings, sweep)
+        except OtherWeights:
+            if args.load_from != "auto" or not args.overwrite:
+                raise
+            if main:
+                print(f"{load_from} is of other weights: starting over", flush=True)
     if main:
         print(f"{key}: {len(configs)} head(s), {dim} features to {num_classes} classes; {len(train)} training and "
               f"{len(val)} validation images; total batch {total_batch}, rates x {scale:g}; "
@@ -507,7 +522,7 @@ def probe(args, configs, protocol, key, folder, backbone, train, val, process):
         prepare_folder(folder, folder / "log.txt", start)
     if start >= args.epochs:
         if main:
-            print(f"nothing to do: {folder / args.load_from} has finished {start} epochs; "
+            print(f"nothing to do: {load_from} has finished {start} epochs; "
                   f"best: {describe(best['best'], configs)}", flush=True)
         return
 
@@ -562,7 +577,7 @@ def probe(args, configs, protocol, key, folder, backbone, train, val, process):
         for name, record in metrics.items():
             print(f"{key}, {name.replace('_', ' ')}: {describe(record, configs)}")
         print(f"checkpoints: {best_file} (best), {last_file}", flush=True)
-        append_result(args.results_dir or args.output_dir, protocol, args.pretrained_weights, key, settings, metrics)
+        append_result(results_folder(args), protocol, args.pretrained_weights, key, settings, metrics)
 
 
 def kept_features(args, backbone, images, dim, process):

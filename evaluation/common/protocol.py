@@ -2,13 +2,17 @@
 from evaluation.common.arguments import checkpoint_keys
 from evaluation.common.backbone import load_evaluated_backbone, read_weights
 from evaluation.common.features import feature_dim, frozen_features
+from evaluation.common.results import read_results, results_folder
 
 
 def read_backbones(args):
     """({key: EvaluatedBackbone}, content of the checkpoint) for the flags of `evaluation_parser`.
 
-    The file is read once, and every key before the first is evaluated, so that a wrong one is not found hours later.
+    The file is read once, and every key before the first is evaluated, so that a wrong one is not found hours later; nor
+    is a damaged results.json.
     """
+    if results_folder(args):
+        read_results(results_folder(args))
     weights = args.pretrained_weights
     checkpoint = read_weights(weights)
     backbones = {key: load_evaluated_backbone(weights, key, args.arch, args.patch_size, args.window_size, args.image_size,

@@ -1,7 +1,9 @@
 """The file of results that all evaluations of a run share."""
+import contextlib
 import json
 import os
 import time
+import uuid
 from pathlib import Path
 
 import timm
@@ -9,6 +11,8 @@ import torch
 import torchvision
 
 import utils
+
+RECORD = {"protocol": str, "checkpoint": str, "key": str, "settings": dict, "metrics": dict, "time": str, "versions": dict}
 
 
 def shared_settings(args, backbone, train, val):
@@ -20,25 +24,68 @@ def shared_settings(args, backbone, train, val):
             "subset_seed": args.subset_seed, "train_images": len(train), "val_images": len(val)}
 
 
-def append_result(output_dir, protocol, checkpoint, key, settings, metrics):
-    """Append a record to the JSON list OUTPUT_DIR/results.json, replacing the file at once. Call it on rank 0 only.
+def read_results(output_dir):
+    """The records in OUTPUT_DIR/results.json, oldest first: a list of dictionaries; empty if there is no such file.
 
-    `settings` and `metrics` are dictionaries of plain values; accuracies in percent. Raises InputError when the file
-    there is no such list.
+    Raises InputError for a file that cannot be read or holds something else.
     """
     path = Path(output_dir) / "results.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records = json.loads(path.read_text()) if path.exists() else []
+        if not path.exists():
+            return []
+        records = json.loads(path.read_bytes())
+        json.dumps(records, indent=1)  # nested too deep to be written again?
     except OSError as error:
-        raise utils.InputError(f"--output_dir {output_dir}: {error.strerror}") from error
-    except ValueError:
-        records = None
+        raise utils.InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        reason = utils.printable(str(error) or type(error).__name__, 100)
+        raise utils.InputError(f"{path}: damaged, no JSON list of results ({reason}); move it away") from error
     if not isinstance(records, list):
-        raise utils.InputError(f"{path}: not a JSON list of results; move it away")
+        raise utils.InputError(f"{path}: damaged, it holds a {type(records).__name__} and no list of results; move it away")
+    for number, record in enumerate(records, 1):
+        record = record if isinstance(record, dict) else {}
+        lacking = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
+        if lacking:
+            raise utils.InputError(f"{path}: damaged, its entry {number} lacks {', '.join(lacking)}; move it away")
+    return records
+
+
+def results_folder(args):
+    """Folder of results.json for the flags of `evaluation_parser`; None: nothing is recorded."""
+    return args.results_dir or args.output_dir
+
+
+def append_result(output_dir, protocol, checkpoint, key, settings, metrics):
+    """Append a record to the JSON list OUTPUT_DIR/results.json, replacing the file at once. Call it on rank 0 only.
+
+    Evaluations on several nodes may do so at the same time. `settings` and `metrics` are dictionaries of plain values;
+    accuracies in percent. Raises InputError when the file there is no such list, or cannot be written.
+    """
+    path = Path(output_dir) / "results.json"
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
-    records.append({"protocol": protocol, "checkpoint": str(checkpoint), "key": key, "settings": settings,
-                    "metrics": metrics, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions})
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(records, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_name(f".{path.name}.lock")):
+            records = read_results(output_dir)
+            records.append({"protocol": protocol, "checkpoint": str(checkpoint), "key": key, "settings": settings,
+                            "metrics": metrics, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions})
+            temporary = path.with_name(f".{path.name}.tmp{uuid.uuid4().hex[:8]}")
+            try:
+                temporary.write_text(json.dumps(records, indent=1) + "\n")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise utils.InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _lock(path):
+    """Hold the lock file `path` against the processes of all nodes; where there are no locks, say so and go on."""
+    with open(path, "a") as file:
+        try:
+            import fcntl  # POSIX only
+            fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock, also between the nodes of every network file system
+        except (ImportError, OSError) as error:
+            utils.warn_once(f"{path}: no locks here ({error}); evaluations that end at the same moment may lose a record")
+        yield

@@ -18,7 +18,7 @@ from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.clustering import head_clusters, kmeans, load_projection_head
 from evaluation.common.data import image_sets
 from evaluation.common.protocol import extract_features_of_keys, read_backbones
-from evaluation.common.results import append_result, shared_settings
+from evaluation.common.results import append_result, results_folder, shared_settings
 
 
 def get_args_parser():
@@ -49,9 +49,9 @@ def evaluate(args, key, backbone, head, sets, features, device):
         values = ", ".join(f"{short.upper()} {value:.2f} %" for short, value in metrics[name].items())
         metrics[name]["clusters"] = len(clusters.unique())
         print(f"{key}, {name}: {values} ({metrics[name]['clusters']} clusters of {len(labels)} images)", flush=True)
-    if args.output_dir:
+    if results_folder(args):
         settings = shared_settings(args, backbone, *sets) | {"seed": args.seed, "num_clusters": args.num_clusters}
-        append_result(args.output_dir, "unsupervised", args.pretrained_weights, key, settings, metrics)
+        append_result(results_folder(args), "unsupervised", args.pretrained_weights, key, settings, metrics)
     return metrics
 
 

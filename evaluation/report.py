@@ -1,0 +1,372 @@
+"""The results of a job as a table beside the paper's, and report.md with curves from its logs.
+
+    python evaluation/report.py --output_dir work_dirs/JOB_NAME   # or ./run.sh report JOB_NAME
+
+Of an evaluation that was repeated with the same settings, the last result counts. Reads results.json and the `log.txt` of
+pre-training and of linear probes; writes `report.md` and `pictures/*.png` beside them.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from PIL import Image, ImageDraw, ImageFont
+
+import utils
+from evaluation.common.results import read_results
+
+PROTOCOLS = {"knn": "k-NN", "linear": "linear, sweep", "linear_solo": "linear, one rate", "logistic": "logistic regression",
+             "unsupervised": "clusters"}
+
+# The paper's top-1 accuracies on ImageNet-1K (iBOT, Tables 1, 9, 10, 15, 19; random masks: its repository): network, patch
+# (Swin: window), epochs, what is special, k-NN, linear. A network's first row is the one that results stand beside.
+PUBLISHED = (
+    ("vit_small", 16, 800, "", 75.2, 77.9),
+    ("vit_small", 16, 300, "", None, 77.4),
+    ("vit_small", 16, 800, "two crops", 72.4, 76.2),
+    ("vit_small", 16, 300, "two crops", 70.3, 74.8),
+    ("vit_small", 16, 300, "two crops, mask ratio 0.3", 69.1, 74.2),
+    ("vit_small", 16, 160, "pre-trained on ImageNet-22K", 69.3, 76.5),
+    ("vit_small", 16, None, "DINO", 74.5, 77.0),
+    ("swin_tiny", 7, 300, "", 75.3, 78.6),
+    ("swin_tiny", 14, 300, "", 76.2, 79.3),
+    ("vit_base", 16, 400, "", 77.1, 79.5),
+    ("vit_base", 16, 400, "random masks", 77.3, 79.8),
+    ("vit_base", 16, 400, "two crops", 71.2, 76.0),
+    ("vit_base", 16, 80, "pre-trained on ImageNet-22K", 71.1, 79.0),
+    ("vit_base", 16, None, "DINO", 76.1, 78.2),
+    ("vit_large", 16, 250, "", 78.0, 81.0),
+    ("vit_large", 16, 250, "random masks", 77.7, 81.3),
+    ("vit_large", 16, 50, "pre-trained on ImageNet-22K", 72.9, 82.3),
+)
+TRAIN_IMAGES, VAL_IMAGES = 1281167, 50000
+# ViT-S/16 with 1 % and 10 % of the labels (Table 12); its clusters with 1000 outputs (Table 5).
+SUBSET_IMAGES = (12811, 128116)
+PUBLISHED_SUBSETS = {"knn": (62.3, 70.1), "linear": (62.5, 72.2), "linear_solo": (62.5, 72.2), "logistic": (65.9, 73.4)}
+PUBLISHED_CLUSTERS = {"acc": 43.4, "ari": 32.8, "nmi": 78.6, "fmi": 35.6}
+
+SIDE, LINE, SCALE = (720, 400), 3, 2  # pixels of a picture and of a line, drawn SCALE times as large for smooth edges
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+
+
+# ---------------------------------------------------------------- records
+
+def asked_for(record):
+    """What tells an evaluation from others: checkpoint and settings, not the weights and images that were found there."""
+    settings = {name: value for name, value in record["settings"].items()
+                if name not in ("weights_hash", "train_images", "val_images")}
+    return {"checkpoint": os.path.realpath(record["checkpoint"]), **settings}
+
+
+def latest(records):
+    """Of records that answer the same question the last one, sorted by protocol within keys: ([record], [is it outdated?]).
+
+    Outdated is a record of other weights than the last evaluation of the same checkpoint and key.
+    """
+    found, weights = {}, {}
+    for record in records:
+        key, protocol = record["key"], record["protocol"]
+        found[json.dumps([key, protocol, asked_for(record)], sort_keys=True)] = record
+        weights[key, record["checkpoint"]] = record["settings"].get("weights_hash")
+    keys, protocols = [key for key, _ in weights], [*PROTOCOLS, *(record["protocol"] for record in records)]
+    records = sorted(found.values(), key=lambda record: (keys.index(record["key"]), protocols.index(record["protocol"])))
+    return records, [record["settings"].get("weights_hash") != weights[record["key"], record["checkpoint"]]
+                     for record in records]
+
+
+def network(record):
+    """(architecture, patch or window size) as in PUBLISHED."""
+    settings = record["settings"]
+    arch = str(settings.get("arch")).replace("deit_", "vit_")
+    size = settings.get("window_size" if arch.startswith("swin") else "patch_size")
+    return arch, size if isinstance(size, int) else None
+
+
+def numbers(values):
+    """The finite numbers of a dictionary."""
+    return {name: value for name, value in values.items() if type(value) in (int, float) and abs(value) < 1e300}
+
+
+def variants(record):
+    """[(text, {metric: number}, is it the one that the paper reports?)] of a record: each k, lambda, epoch, ..."""
+    metrics, protocol = record["metrics"], record["protocol"]
+    parts = {name: values for name, values in metrics.items() if isinstance(values, dict)} or {"": metrics}
+    best = max(parts, key=lambda name: numbers(parts[name]).get("top1", -math.inf), default=None)
+    if protocol in ("linear", "linear_solo"):
+        best = "best"
+    elif protocol == "unsupervised":
+        best = "head"
+    result = []
+    for name, values in parts.items():
+        text = {"knn": f"k = {name}", "logistic": f"lambda {name}"}.get(protocol, name.replace("_", " "))
+        if protocol in ("linear", "linear_solo"):
+            text += "".join(f", {what} {value:g}" for what, value in numbers(values).items() if what in ("epoch", "lr"))
+            if values.get("optimizer", "sgd") != "sgd" or values.get("weight_decay"):
+                text += f", {values.get('optimizer')}, decay {values.get('weight_decay')}"
+        result.append((text, numbers(values), name == best))
+    return result
+
+
+def paper(record):
+    """({metric: the paper's number} for what a record measures, does it compare?); no numbers where the paper has none."""
+    protocol, settings, which = record["protocol"], record["settings"], network(record)
+    if settings.get("dataset", "imagefolder") != "imagefolder":
+        return {}, False
+    train, compares = settings.get("train_images"), settings.get("val_images") == VAL_IMAGES
+    if protocol == "unsupervised":
+        return (PUBLISHED_CLUSTERS if which == ("vit_small", 16) else {}), compares
+    if settings.get("train_subset"):
+        places = [i for i, images in enumerate(SUBSET_IMAGES) if isinstance(train, int) and abs(train / images - 1) < 0.02]
+        if not places or protocol not in PUBLISHED_SUBSETS or which != ("vit_small", 16):
+            return {}, False
+        return {"top1": PUBLISHED_SUBSETS[protocol][places[0]]}, compares
+    column = {"knn": 4, "linear": 5, "linear_solo": 5}.get(protocol)
+    value = next((row[column] for row in PUBLISHED if column and row[:2] == which), None)
+    return ({} if value is None else {"top1": value}), compares and train == TRAIN_IMAGES
+
+
+# ---------------------------------------------------------------- tables
+
+def differing(records):
+    """For each record a text of the settings in which results of the same protocol and key differ."""
+    def shown(value):
+        text = utils.printable(value, 1000)
+        return text if len(text) <= 40 else f"...{text[-37:]}"  # paths differ at their ends
+
+    texts = []
+    for record in records:
+        own = asked_for(record)
+        others = [asked_for(other) for other in records
+                  if (other["protocol"], other["key"]) == (record["protocol"], record["key"])]
+        texts.append(", ".join(f"{utils.printable(name)} {shown(value)}" for name, value in own.items()
+                               if any(other.get(name) != value for other in others)))
+    return texts
+
+
+def result_tables(records, outdated):
+    """([header, rows...] of accuracies, the same of other metrics, notes), cells are text, for what `latest` gives."""
+    accuracies = [["network", "weights", "evaluation", "", "top-1", "top-5", "paper", "time"]]
+    others = [["network", "weights", "evaluation", "", "result", "paper", "time"]]
+    notes = {}
+    for record, special, old in zip(records, differing(records), outdated, strict=True):
+        known, compares = paper(record)
+        digest = str(record["settings"].get("weights_hash", "-"))[:10]
+        if old:
+            digest += "*"
+            notes["*"] = "* of other weights than the last evaluation of this network: repeat the evaluation"
+        title = PROTOCOLS.get(record["protocol"], record["protocol"]) + (f" ({special})" if special else "")
+        start = [utils.printable(text) for text in (record["key"], digest)] + [utils.printable(title, 160)]
+        when = utils.printable(record["time"][:16].replace("T", " "))
+        for text, metrics, reported in variants(record):
+            shown = [f"{name if len(known) > 1 else ''} {value:.1f}".strip() for name, value in known.items() if reported]
+            beside = ", ".join(shown) or "-"
+            if shown and not compares:
+                beside = f"({beside})"
+                notes["("] = "( ) the paper's number is for ImageNet-1K, this result for other images: they do not compare"
+            text = utils.printable(text)
+            if "top1" in metrics:
+                top5 = f"{metrics['top5']:.2f}" if "top5" in metrics else "-"
+                accuracies.append([*start, text, f"{metrics['top1']:.2f}", top5, beside, when])
+            else:
+                result = ", ".join(f"{utils.printable(name)} {value if isinstance(value, int) else f'{value:.2f}'}"
+                                   for name, value in metrics.items())
+                others.append([*start, text, result or "-", beside, when])
+    return accuracies, others, list(notes.values())
+
+
+def published_table(records):
+    """[header, rows...] of the paper's numbers for the networks of `records`."""
+    networks = list(dict.fromkeys(map(network, records)))
+    found = [row for which in networks for row in PUBLISHED if row[:2] == which]
+    if ("vit_small", 16) in networks:
+        for share, knn, linear, logistic in zip(("1 %", "10 %"), *(PUBLISHED_SUBSETS[name] for name in (
+                "knn", "linear", "logistic")), strict=True):
+            found.append(("vit_small", 16, 800, f"{share} of the labels (logistic regression {logistic})", knn, linear))
+    return [["network", "epochs", "", "k-NN", "linear"]] + [
+        [f"{arch}/{size}", str(epochs or "-"), what, *(f"{value:.1f}" if value else "-" for value in accuracies)]
+        for arch, size, epochs, what, *accuracies in found]
+
+
+def as_text(table):
+    """A table for terminals. Cells of the first three columns that repeat those above are left empty."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines, above = [], None
+    for row in table:
+        cells = ["" if above and row[:i + 1] == above[:i + 1] and i < 3 else cell for i, cell in enumerate(row)]
+        lines.append("  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+        above = row
+    return "\n".join(lines)
+
+
+def as_markdown(table):
+    rows = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in table]
+    return "\n".join(f"| {row} |" for row in [rows[0], " | ".join(["---"] * len(table[0])), *rows[1:]])
+
+
+# ---------------------------------------------------------------- curves
+
+def read_log(path):
+    """({epoch: numbers of its line}, count of damaged lines) of a log.txt; of an epoch that was repeated the last line."""
+    epochs, broken = {}, 0
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise utils.InputError(f"{path}: cannot be read ({error.strerror})") from error
+    for line in filter(str.strip, lines):
+        try:
+            values = numbers(json.loads(line))
+            epochs[int(values["epoch"])] = values
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            broken += 1
+    return dict(sorted(epochs.items())), broken
+
+
+def curves(folder):
+    """({name of a picture: (title, {name of a curve: [(epoch, value)]})}, notes) from the logs of the job in `folder`."""
+    pictures, notes = {}, []
+
+    def read(path):
+        epochs, broken = read_log(path)
+        if broken:
+            notes.append(f"{path}: {broken} line(s) that cannot be read are left out")
+        return epochs
+
+    if (folder / "log.txt").exists():
+        epochs = read(folder / "log.txt")
+        series = {name: [(epoch, values[f"train_{key}"]) for epoch, values in epochs.items() if f"train_{key}" in values]
+                  for key, name in (("loss", "total"), ("cls", "[CLS]"), ("patch", "patch"))}
+        pictures["losses"] = "Losses of pre-training", series
+    series = {}
+    for kind in ("linear", "linear_solo"):  # sub-folders of run.sh, with one per key
+        for path in sorted((folder / kind).glob("**/log.txt")):
+            key = path.parent.relative_to(folder / kind).as_posix()
+            top1 = {epoch: [value for name, value in values.items() if re.fullmatch(r"test_acc(1|\d+@1)", name)]
+                    for epoch, values in read(path).items()}
+            series[f"{key}, {PROTOCOLS[kind]}"] = [(epoch, max(found)) for epoch, found in top1.items() if found]
+    pictures["linear"] = "Top-1 accuracy of linear probes in percent (of a sweep: the epoch's best head)", series
+    pictures = {name: (title, {what: points for what, points in series.items() if points})
+                for name, (title, series) in pictures.items()}
+    return {name: picture for name, picture in pictures.items() if picture[1]}, notes
+
+
+def ticks(low, high, count=6):
+    """Round numbers, about `count`, within [low, high]."""
+    step = 10 ** math.floor(math.log10((high - low) / count))
+    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def draw_curves(series, title, path):
+    """Write `series`, {name: [(epoch, value)]}, as a picture with axes and a legend."""
+    def spread(values):
+        low, high = min(values), max(values)
+        margin = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * abs(low), 1e-6)
+        return low - margin, high + margin
+
+    everything = [point for points in series.values() for point in points]
+    (left, right), (low, high) = (spread([point[i] for point in everything]) for i in (0, 1))
+    width, height = (side * SCALE for side in SIDE)
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12 * SCALE)
+    x0, x1, y0 = 64 * SCALE, width - 16 * SCALE, height - 44 * SCALE
+    names, legend, x, y = [utils.printable(name) for name in series], [], x0, 42 * SCALE
+    for name in names:
+        length = 44 * SCALE + draw.textlength(name, font)
+        if x > x0 and x + length > x1:
+            x, y = x0, y + 16 * SCALE
+        legend.append((x, y))
+        x += length
+    y1 = y + 16 * SCALE
+
+    def place(x, y):
+        return x0 + (x - left) / (right - left) * (x1 - x0), y0 + (y - low) / (high - low) * (y1 - y0)
+
+    for value in ticks(low, high):
+        y = place(left, value)[1]
+        draw.line((x0, y, x1, y), "#e0e0e0", SCALE)
+        draw.text((x0 - 6 * SCALE, y), f"{value:.6g}", "black", font, "rm")
+    for value in sorted({round(value) for value in ticks(left, right, 10) if value >= 0}):
+        x = place(value, low)[0]
+        draw.line((x, y0, x, y0 + 4 * SCALE), "black", SCALE)
+        draw.text((x, y0 + 7 * SCALE), str(value), "black", font, "ma")
+    draw.rectangle((x0, y1, x1, y0), outline="black", width=SCALE)
+    draw.text(((x0 + x1) / 2, height - 6 * SCALE), "epoch", "black", font, "md")
+    draw.text((x0, 8 * SCALE), title, "black", font, "la")
+    for i, (name, points, (x, y)) in enumerate(zip(names, series.values(), legend, strict=True)):
+        colour, radius = COLOURS[i % len(COLOURS)], LINE * SCALE
+        draw.line((x, y, x + 20 * SCALE, y), colour, LINE * SCALE)
+        draw.text((x + 26 * SCALE, y), name, "black", font, "lm")
+        places = [place(*point) for point in points]
+        draw.line(places, colour, LINE * SCALE // 2, "curve")
+        for x, y in places if len(places) < 40 else places[-1:]:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+    image.reduce(SCALE).save(path)
+
+
+# ---------------------------------------------------------------- the report
+
+def report(output_dir):
+    """Print the tables of the job in `output_dir`; write its report.md and pictures. Raises InputError without results."""
+    folder = Path(output_dir)
+    everything = read_results(folder)
+    if not everything:
+        raise utils.InputError(f"{folder / 'results.json'}: no results; evaluations of the job write them, as "
+                               f"./run.sh imagenet_knn JOB_NAME ARCH KEY GPUS")
+    records, outdated = latest(everything)
+    accuracies, others, notes = result_tables(records, outdated)
+    tables = [table for table in (accuracies, others) if len(table) > 1]
+    published = published_table(records)
+    pictures, more = curves(folder)
+    notes += more
+    if len(records) < len(everything):
+        notes.append(f"{len(everything) - len(records)} older result(s) of evaluations that were repeated are left out")
+    names = ", ".join(dict.fromkeys(f"{arch}/{size}" for arch, size in map(network, records)))
+    source = ("The paper's top-1 accuracies (iBOT, Zhou et al., 2022), ImageNet-1K" if len(published) > 1
+              else f"The paper has no numbers for {names}.")
+
+    print(f"{folder}: {len(records)} result(s) of {utils.printable(names, 100)}, in percent")
+    for table in tables:
+        print(f"\n{as_text(table)}")
+    print("".join(f"\n{note}" for note in notes), end="\n\n" if notes else "\n")
+    print(source + (f"\n{as_text(published)}\n" if len(published) > 1 else "\n"))
+
+    text = [f"# {folder.resolve().name}", f"{len(records)} results of {names}, in percent.", *map(as_markdown, tables)]
+    text += ["\n".join(f"- {note}" for note in notes)] if notes else []
+    text += ["## Published", source, *([as_markdown(published)] if len(published) > 1 else [])]
+    text += ["## Curves"] + ([f"![{title}](pictures/{name}.png)" for name, (title, _) in pictures.items()] or ["No logs."])
+    text += ["## Settings", *(settings_text(record) for record in records)]
+    try:
+        if pictures:
+            (folder / "pictures").mkdir(exist_ok=True)
+        for name, (title, series) in pictures.items():
+            draw_curves(series, title, folder / "pictures" / f"{name}.png")
+        (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise utils.InputError(f"{folder}: the report cannot be written ({error.strerror or error})") from error
+    print(f"written: {folder / 'report.md'}" + "".join(f", {folder / 'pictures' / name}.png" for name in pictures))
+
+
+def settings_text(record):
+    """Everything that a record says of how it came about, as a paragraph of Markdown."""
+    def listed(values):
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+    title = f"{record['key']}, {PROTOCOLS.get(record['protocol'], record['protocol'])}, {record['time']}"
+    lines = [title, f"checkpoint {record['checkpoint']}", listed(record["settings"]), listed(record["versions"])]
+    title, *lines = (utils.printable(line, 2000).replace("`", "'") for line in lines)
+    return f"**{title}**\n" + "\n".join(f"- `{line}`" for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--output_dir", required=True, help="folder of the job")
+    report(parser.parse_args().output_dir)
+
+
+if __name__ == "__main__":
+    utils.run(main)
