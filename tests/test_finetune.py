@@ -320,6 +320,21 @@ def test_update_with_numbers_that_are_not_finite_is_not_made():
     assert not torch.equal(model.head.weight, before["head.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision(dtype):
+    """Nearly the loss and the gradients of single precision; weights and loss stay in single precision."""
+    batch, seen, found = (torch.randn(4, 3, 32, 32), torch.arange(4)), {}, {}
+    for amp_dtype in (None, dtype):
+        model = nano()
+        model.head.register_forward_hook(lambda m, given, out: seen.update(logits=out.dtype))
+        optimizer = torch.optim.AdamW(finetune.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if amp_dtype is torch.float16 else None
+        found[amp_dtype] = finetune.train_step(iter([batch]), model, optimizer, scaler, 1e-3, 0.0, amp_dtype=amp_dtype)
+    assert seen["logits"] is dtype and found[dtype]["loss"].dtype is torch.float32 and model.head.weight.dtype is torch.float32
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(found[dtype][name], found[None][name], rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("alphas, kinds", [((0.8, 0.0), {"mixup"}), ((0.0, 1.0), {"cutmix"}), ((0.8, 1.0), {"mixup", "cutmix"})])
 def test_mixing_of_images_and_targets(alphas, kinds):
     """Images are blends with, or hold boxes of, the batch in reverse order, and the targets the same shares (section 1.8)."""
@@ -646,6 +661,18 @@ def test_damaged_checkpoint_falls_back(whole, digits, tmp_path, capsys):
     out = capsys.readouterr()
     assert "cannot be read safely" in out.err and f"resumed from {folder / 'checkpoint_previous.pth'}" in out.out
     assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("change", [
+    {"step": -1}, {"step": 1.5}, {"totals": {"loss": 1.0}}, {"counts": {"loss": 0}, "totals": {"loss": 0.0}}, {"total_batch": 0},
+    {"bad": [1]}, {"best": {"top1": "x", "epoch": 0}}, {"last": {"epoch": 0}}, {"more": 1}])
+def test_progress_that_cannot_be_is_refused(change, whole, tmp_path):
+    checkpoint = utils.load_checkpoint(whole / "checkpoint.pth")
+    checkpoint["progress"] |= change
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    with pytest.raises(utils.InputError, match=str(tmp_path / "checkpoint.pth")):
+        finetune.read_checkpoint(tmp_path / "checkpoint.pth")
+    finetune.read_checkpoint(whole / "checkpoint.pth")
 
 
 def test_other_weights_are_not_mixed_up(whole, pretrained, digits, tmp_path, capsys):

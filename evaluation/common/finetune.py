@@ -569,9 +569,16 @@ def read_checkpoint(path):
     if lacking:
         raise utils.InputError(f"checkpoint {path} is none of fine-tuning: it lacks {', '.join(lacking)}")
     progress, blank = checkpoint["progress"], new_progress()
-    if progress.keys() != blank.keys() or any(type(progress[name]) is not type(value) for name, value in blank.items()):
+
+    def numbers(name, least=-math.inf):
+        return all(type(value) in (int, float) and not value < least for value in progress[name].values())
+    good = progress.keys() == blank.keys() and all(type(progress[name]) is type(blank[name]) for name in blank) and all((
+        numbers("totals"), numbers("counts", 1), progress["totals"].keys() == progress["counts"].keys(),
+        all(numbers(name) and progress[name].keys() >= {"top1", "epoch"} for name in ("best", "last") if progress[name]),
+        all(isinstance(name, str) for name in progress["bad"]), progress["dropped"] >= 0))
+    if not good:
         raise utils.InputError(f"checkpoint {path}: its entry 'progress' cannot be used")
-    if not (0 <= checkpoint["epoch"] < 2**31 and 0 <= progress["step"] < 2**31 and progress["total_batch"] >= 1):
+    if not (0 <= checkpoint["epoch"] < 2**31 and 0 <= progress["step"] < 2**31 and 1 <= progress["total_batch"] < 2**31):
         raise utils.InputError(f"checkpoint {path}: its epoch or step is no such number")
     return checkpoint
 
