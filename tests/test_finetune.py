@@ -293,7 +293,7 @@ def test_first_updates_equal_plain_adamw():
         norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
         torch.testing.assert_close(means["loss"], loss.detach())
         torch.testing.assert_close(means["grad_norm"], norm)
-        assert norm > 0.5 and means["acc"] == (logits.argmax(1) == labels).float().mean()
+        assert norm > 0.5 and means["class_acc"] == (logits.argmax(1) == labels).float().mean()
         for name, p in theta.items():
             g = gradients[name] * 0.5 / (norm + 1e-6)
             own = lr * 0.75 ** (5 - finetune.layer_id(name, [4]))
@@ -682,6 +682,25 @@ def test_other_weights_are_not_mixed_up(whole, pretrained, digits, tmp_path, cap
     with pytest.raises(utils.InputError, match="began with other weights"):
         train(*words)
     train(*words, "--overwrite", "true")
+    assert "starting over" in capsys.readouterr().out and len((folder / "log.txt").read_text().splitlines()) == 1
+
+
+def test_another_task_is_not_resumed(whole, digits, tmp_path, capsys):
+    """What `--load_from auto` finds must be this task: otherwise its result would be taken for that of other flags."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    words = ["--data_path", digits, "--output_dir", folder, *FULL, "--load_from", "auto"]
+    for change in (["--train_subset", 0.5], ["--epochs", 5, "--train_subset", 0.5], ["--lr", 1e-3], ["--layer_decay", 0.9]):
+        with pytest.raises(utils.InputError, match=f"its run had {change[-2]} .*--output_dir"):
+            train(*words, *change)
+    before = (folder / "log.txt").read_text()
+    train(*words, "--overwrite", "true")  # this task: it is finished
+    assert (folder / "log.txt").read_text() == before
+    capsys.readouterr()
+    train(*words, "--epochs", 3, "--lr", 1e-3)
+    out = capsys.readouterr().out
+    assert "note: --lr is 0.001, the checkpoint's run had 0.002" in out and "starting at epoch 2 of 3" in out
+    train(*words, "--train_subset", 0.5, "--epochs", 1, "--overwrite", "true")
     assert "starting over" in capsys.readouterr().out and len((folder / "log.txt").read_text().splitlines()) == 1
 
 

@@ -40,6 +40,8 @@ from evaluation.common.features import sharded_loader
 from evaluation.common.results import append_result, read_results, results_folder, shared_settings
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+RECORDED = ("epochs", "layer_decay", "finetune_head_layer", "warmup_epochs", "min_lr", "weight_decay", "clip_grad", "aa", "reprob",
+            "mixup", "cutmix", "smoothing", "repeated_aug", "seed")  # flags that tell results from others
 SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
 
 
@@ -160,7 +162,7 @@ def finetune_parser(description):
     files.add_argument("--load_from", help=f"resume from this file of the output folder, e.g. {CHECKPOINT}; auto: from the "
                                            "newest good one, or a fresh start where there is none")
     files.add_argument("--overwrite", default=False, **switch,
-                       help="start over in a folder that holds a run; with --load_from auto, if it was of other weights")
+                       help="start over in a folder that holds a run; with --load_from auto only if that was another one")
     files.add_argument("--save_ckpt_freq", type=float, default=0,
                        help="also keep checkpoint-EPOCH.pth every so many percent of the epochs; 0: never")
     files.add_argument("--save_every_steps", type=int_from(0), default=0,
@@ -437,15 +439,15 @@ def train_step(batches, network, optimizer, scaler, lr, weight_decay, mixing=Non
         clip_grad: largest norm of all gradients together; 0: any.
         ema: `ema_pairs`, or None.
 
-    Returns {"loss", "acc", "grad_norm"}, 0-d tensors; `acc`, a share, is not there with mixing. The norm is that before
-    clipping.
+    Returns {"loss", "class_acc", "grad_norm"}, 0-d tensors; `class_acc`, a share, is not there with mixing. The norm is
+    that before clipping.
     """
     for group in optimizer.param_groups:
         group["lr"] = float(lr) * group["lr_scale"]
         group["weight_decay"] = float(weight_decay) * group["decayed"]
     optimizer.zero_grad()
     criterion = SoftTargetCrossEntropy() if mixing else nn.CrossEntropyLoss(label_smoothing=smoothing)
-    names, rows = ("loss",) if mixing else ("loss", "acc"), []
+    names, rows = ("loss",) if mixing else ("loss", "class_acc"), []
     for i, (images, labels) in enumerate(batches):
         if mixing:
             images, labels = mixing(images, labels)
@@ -653,16 +655,29 @@ def write_log(folder, line):
         utils.warn_once(f"{folder / 'log.txt'} cannot be written ({error.strerror})")
 
 
-def notes_of_resume(path, checkpoint, args, rate):
-    """Lines that say what is resumed, and what is not as it was."""
+class OtherTask(utils.InputError):
+    """A checkpoint is of other weights or another task, or finished with other settings: its result must not pass for
+    that of these."""
+
+
+def notes_of_resume(path, checkpoint, args, rate, weights_hash):
+    """Lines that say what is resumed, and what is not as it was. Raises `OtherTask`."""
+    advice = "choose another --output_dir, or start over with --overwrite true"
+    if checkpoint["progress"]["weights"] != weights_hash:
+        raise OtherTask(f"checkpoint {path}: its run began with other weights than {args.pretrained_weights}; {advice}")
+    task = {"dataset", "train_subset", "subset_seed", "finetune_head_layer", "avgpool_patchtokens"}
     free = {"output_dir", "results_dir", "load_from", "overwrite", "num_workers", "print_freq", "device", "dist_url",
             "local_rank", "save_ckpt_freq", "save_every_steps", "save_every_minutes", "on_save_error", "on_bad_image",
             "max_bad_images", "eval", "arch", "patch_size", "window_size", "pretrained_weights", "data_path"}
     then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
+    differ = [name for name, value in (vars(args) | {"lr": rate}).items()
+              if name not in free and name in then and repr(then[name]) != repr(value)]
+    for name in differ:
+        if name in task or checkpoint["epoch"] >= args.epochs:
+            raise OtherTask(f"checkpoint {path}: its run had --{name} {utils.printable(then[name])}; {advice}")
     return [f"resumed from {path}"] + [
-        f"note: --{name} is {value}, the checkpoint's run had {utils.printable(then[name])}"
-        for name, value in (vars(args) | {"lr": rate}).items()
-        if name not in free and name in then and repr(then[name]) != repr(value)]
+        f"note: --{name} is {rate if name == 'lr' else getattr(args, name)}, the checkpoint's run had "
+        f"{utils.printable(then[name])}" for name in differ]
 
 
 # ---------------------------------------------------------------- runs
@@ -784,27 +799,27 @@ def run_one(args, protocol, key, rate, folder, content, sets, process, signals, 
     # ============ resume ============
     first_epoch, progress = 0, new_progress() | {"weights": source.weights_hash}
     path, checkpoint = find_checkpoint(folder, args.load_from, best_file) if args.load_from else (None, None)
-    if path and checkpoint["progress"]["weights"] != source.weights_hash:
-        if not args.overwrite:
-            raise utils.InputError(f"checkpoint {path}: its run began with other weights than {args.pretrained_weights} "
-                                   f"({key}); choose another --output_dir, or start over with --overwrite true")
-        notes.append(f"starting over: {path} began with other weights")
-        path = None
+    if path:
+        try:
+            notes += notes_of_resume(path, checkpoint, args, rate, source.weights_hash)
+        except OtherTask as error:
+            if not args.overwrite:
+                raise
+            notes.append(f"starting over: {error}")
+            path = None
     if path:
         restore(path, checkpoint, model, average, optimizer, scaler)
         first_epoch, progress = checkpoint["epoch"], checkpoint["progress"]
         images = progress["step"] * progress["total_batch"]  # of the running epoch
         progress["step"] = min(images // total_batch, steps)
-        notes += notes_of_resume(path, checkpoint, args, rate)
     del checkpoint
     progress["total_batch"] = total_batch
     started = first_epoch * steps + progress["step"]
     if utils.host_reduce(started) != -utils.host_reduce(-started):
         raise utils.InputError(f"--load_from {args.load_from}: the processes found different checkpoints; all nodes must "
                                f"see the same {folder}")
-    settings = shared_settings(args, source, train, val) | {
-        "epochs": args.epochs, "lr": rate, "total_batch": total_batch, "layer_decay": args.layer_decay,
-        "finetune_head_layer": args.finetune_head_layer, "seed": args.seed,
+    settings = shared_settings(args, source, train, val) | {"lr": rate, "total_batch": total_batch} | {
+        name: getattr(args, name) for name in RECORDED} | {
         "drop_path": getattr(blocks_of(model.backbone)[-1][-1].drop_path1, "drop_prob", 0.0)}
     if first_epoch >= args.epochs:
         if main:
@@ -925,7 +940,7 @@ def train_epoch(batches, next_batch, save_now, check_images, network, optimizer,
     `utils.Preempted`, the update whose batches were being fetched has not been made.
     """
     device = process.device
-    names = ("loss", "grad_norm") if mixing else ("loss", "acc", "grad_norm")
+    names = ("loss", "grad_norm") if mixing else ("loss", "class_acc", "grad_norm")
     meters = utils.DeviceMeters(names)
     waited, since, since_step = 0.0, time.time(), progress["step"]
     network.train()
