@@ -40,8 +40,8 @@ from evaluation.common.features import sharded_loader
 from evaluation.common.results import append_result, read_results, results_folder, shared_settings
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
-RECORDED = ("epochs", "layer_decay", "finetune_head_layer", "warmup_epochs", "min_lr", "weight_decay", "clip_grad", "aa", "reprob",
-            "mixup", "cutmix", "smoothing", "repeated_aug", "seed")  # flags that tell results from others
+RECORDED = ("epochs", "layer_decay", "finetune_head_layer", "warmup_epochs", "min_lr", "weight_decay", "clip_grad", "aa",
+            "reprob", "mixup", "cutmix", "smoothing", "repeated_aug", "seed")  # flags that tell results from others
 SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
 
 
@@ -668,7 +668,8 @@ def notes_of_resume(path, checkpoint, args, rate, weights_hash):
     task = {"dataset", "train_subset", "subset_seed", "finetune_head_layer", "avgpool_patchtokens"}
     free = {"output_dir", "results_dir", "load_from", "overwrite", "num_workers", "print_freq", "device", "dist_url",
             "local_rank", "save_ckpt_freq", "save_every_steps", "save_every_minutes", "on_save_error", "on_bad_image",
-            "max_bad_images", "eval", "arch", "patch_size", "window_size", "pretrained_weights", "data_path"}
+            "max_bad_images", "on_nonfinite", "eval", "download", "arch", "patch_size", "window_size", "pretrained_weights",
+            "data_path"}
     then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
     differ = [name for name, value in (vars(args) | {"lr": rate}).items()
               if name not in free and name in then and repr(then[name]) != repr(value)]
