@@ -4,13 +4,11 @@ Workers deliver uint8 crops (a quarter of the bytes of float32); `normalize` run
 Letters in shape comments: B images of a batch, G global crops, L local crops, S and s their sides in pixels,
 h x w the mask grid of a global crop, M masked cells of a batch.
 """
-import contextlib
 import hashlib
 import itertools
 import math
 import os
 import stat
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -25,7 +23,16 @@ from torch.utils.data import DistributedSampler, default_collate
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import InputError, get_world_size, host_reduce, is_main_process, load_checkpoint, save_atomically
+from utils import (
+    InputError,
+    get_world_size,
+    host_reduce,
+    is_main_process,
+    load_checkpoint,
+    locked,
+    save_atomically,
+    say_once,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -102,8 +109,10 @@ def load_rgb(path):
 def _is_folder(entry):
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+    except OSError:
+        if entry.name.lower().endswith(IMG_EXTENSIONS):
+            return False  # a link to itself: a bad image, not a bad folder
+        raise
 
 
 def check_image_folder(path):
@@ -111,9 +120,10 @@ def check_image_folder(path):
     try:
         with os.scandir(os.path.expanduser(path)) as scan:
             entries = list(scan)
+        folders = any(map(_is_folder, entries))
     except OSError as error:
         raise InputError(f"data folder {path}: {error.strerror}") from error
-    if not any(map(_is_folder, entries)):
+    if not folders:
         hint = "expected one folder of images per class"
         if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
             hint = f"move the images into a sub-folder, one folder per class, e.g. {os.path.join(path, 'all', '')}"
@@ -131,10 +141,18 @@ def bad_images(dataset, before, device):
     dataset: has `bad`, uint8 [n], and `bad_files()`, see `ImageFolderMask`.
     """
     if get_world_size() > 1:
-        bad = dataset.bad.to(device)
+        bad = dataset.bad.to(device, copy=True)
         torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        dataset.bad.copy_(bad)
+        torch.maximum(dataset.bad, bad.cpu(), out=dataset.bad)  # workers may have found more meanwhile
     return sorted(before | set(dataset.bad_files()))
+
+
+def write_bad_images(output_dir, names):
+    """List bad images in the output folder. A full disk is a warning."""
+    try:
+        (output_dir / BAD_IMAGES).write_text("\n".join(names) + "\n")
+    except OSError as error:
+        say_once(f"warning: {output_dir / BAD_IMAGES} cannot be written ({error.strerror})")
 
 
 def check_images(dataset, before, most, output_dir, device):
@@ -145,7 +163,7 @@ def check_images(dataset, before, most, output_dir, device):
     bad = bad_images(dataset, before, device)
     if len(bad) > limit:
         if is_main_process():
-            (output_dir / BAD_IMAGES).write_text("\n".join(bad) + "\n")
+            write_bad_images(output_dir, bad)
         raise InputError(f"{len(bad)} of {len(dataset)} images cannot be read, more than --max_bad_images {most:g}; "
                          f"{output_dir / BAD_IMAGES} has their names")
 
@@ -246,34 +264,18 @@ def _read_index(path, root):
     try:
         index = load_checkpoint(path)
     except InputError as error:
-        _note(f"{error}; the folder is walked instead")
+        say_once(f"note: {error}; the folder is walked instead")
         return None
     if index.get("version") != INDEX_VERSION or index.get("extensions") != list(IMG_EXTENSIONS):
         return None
     if not _is_sound(index):
-        _note(f"index {path} is damaged; the folder is walked instead")
+        say_once(f"note: index {path} is damaged; the folder is walked instead")
         return None
     try:
         modified = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in _folders(index)]
     except OSError:
         return None
     return index if modified == index["modified"].tolist() else None
-
-
-@contextlib.contextmanager
-def _lock(path):
-    """Hold the lock file `path` against other processes of this machine; nobody is kept out where that cannot be had."""
-    with open(path, "wb") as file:
-        with contextlib.suppress(ImportError, OSError):  # not POSIX; a file system without locks
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@lru_cache
-def _note(text):
-    if is_main_process():
-        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def folder_index(root):
@@ -291,14 +293,14 @@ def folder_index(root):
     check_image_folder(root)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             index = _read_index(path, root)
             if index is None:
                 index, lasting = _walk(root)
                 if lasting:
                     save_atomically(index, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        _note(f"no index of image folders can be kept ({error}); each start walks them")
+        say_once(f"note: no index of image folders can be kept ({error}); each start walks them")
     return index or _walk(root)[0]
 
 

@@ -137,7 +137,7 @@ def get_args_parser():
                      help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
     run.add_argument("--compile", default=None, type=flag,
-                     help="compile blocks, head and loss (a minute or more at the start); default: on CUDA")
+                     help="compile blocks, head and loss, at the first steps; default: on CUDA")
     run.add_argument("--grad_checkpointing", default=False, type=flag,
                      help="compute each block again in the backward pass instead of keeping its activations")
     run.add_argument("--seed", default=0, type=int)
@@ -372,7 +372,7 @@ def build_networks(args):
 def build_optimizer(name, parameter_groups, device):
     """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step.
 
-    With float16 the gradient scaler waits for the device before each step of SGD and LARS; fused AdamW needs no wait.
+    SGD and LARS wait for the device before each step, to learn whether it may be made; fused AdamW does not.
     """
     if name == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
@@ -494,6 +494,8 @@ def pretrain(args, signals, at_end):
 
     writer = None
     if main_process:
+        if args.load_from == "auto" and path == output_dir / PREVIOUS:
+            path = path.replace(output_dir / CHECKPOINT)  # which is damaged: the next save is not to keep that one
         start_output(output_dir, start_epoch if path else None)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
         at_end.callback(utils.close_writer, writer)
@@ -535,7 +537,7 @@ def pretrain(args, signals, at_end):
         if progress["step"] and len(progress["random"]) == process.world_size:
             try:
                 utils.set_random_state(progress["random"][process.rank], device)
-            except (RuntimeError, ValueError, IndexError) as error:
+            except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
         batches = loader.device_batches(data_loader, device, photometry)
         check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
@@ -615,11 +617,12 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu() for parts in (real, predicted))
         return save_now(epoch, progress | {"labels": labels, "clusters": clusters})
 
-    for it in range(progress["step"], steps):
+    first = progress["step"]
+    for it in range(first, steps):
         step = epoch * steps + it
         log_step = (it + 1) % args.print_freq == 0 or it + 1 == steps
-        before = utils.random_state(device)
-        if args.save_every_steps and it and step % args.save_every_steps == 0:
+        before = utils.random_state(device) if args.accum_iter > 1 else None
+        if args.save_every_steps and it > first and step % args.save_every_steps == 0:
             save_here()
         try:
             means, watched, labels, clusters = train_step(
@@ -630,7 +633,8 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
                 watch=log_step)
         except utils.Preempted:
             ibot_loss.teacher_means.clear()  # of batches of this update, which a resumed run computes again
-            utils.set_random_state(before, device)
+            if before is not None:  # with one batch an update nothing was drawn before the stop
+                utils.set_random_state(before, device)
             failed = not save_here()
             if utils.host_reduce(int(failed)):  # also waits for process 0, which a launcher would kill when another ends
                 raise utils.InputError("a signal asked to stop, but the run could not be saved") from None
@@ -759,10 +763,10 @@ def write_logs(output_dir, epoch, stats, writer, bad):
     try:
         with open(output_dir / "log.txt", "a") as file:
             file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
-        if bad:
-            (output_dir / loader.BAD_IMAGES).write_text("\n".join(bad) + "\n")
     except OSError as error:
-        utils.warn_once(f"{output_dir / 'log.txt'} cannot be written ({error.strerror})")
+        utils.say_once(f"warning: {output_dir / 'log.txt'} cannot be written ({error.strerror})")
+    if bad:
+        loader.write_bad_images(output_dir, bad)
 
 
 def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
@@ -801,16 +805,11 @@ def start_output(output_dir, epoch):
     `check_args`), with it what `log.txt` says of that epoch and later ones, which will be run again."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        utils.trim_log(output_dir / "log.txt", epoch)  # there is none in a fresh start
     except OSError as error:
-        raise utils.InputError(f"--output_dir {output_dir}: {error.strerror}") from error
-    for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    log = output_dir / "log.txt"
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["epoch"] < epoch]
-        if kept != lines:
-            log.write_text("".join(kept))
+        raise utils.InputError(f"--output_dir {error.filename or output_dir}: {error.strerror}") from error
 
 
 def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress):
@@ -823,7 +822,8 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     def wrapped(network):
         return {f"module.{name}": value for name, value in network.state_dict().items()}
 
-    tensors = [*student.parameters(), *teacher.parameters(), *ibot_loss.buffers()]
+    tensors = [x for module in (student, teacher, ibot_loss) for x in (*module.parameters(), *module.buffers())
+               if x.is_floating_point()]
     if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
         raise FloatingPointError(f"a weight or centre became non-finite in epoch {epoch}; the last checkpoint is intact")
     state = {

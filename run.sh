@@ -161,7 +161,7 @@ def lack(what):
 for line in open(sys.argv[1]):
     name, least = re.match(r"([\w-]+)>=([\d.]+)", line).groups()
     try:
-        module = importlib.import_module({"pillow": "PIL", "scikit-learn": "sklearn"}.get(name, name))
+        module = importlib.import_module({"pillow": "PIL", "scikit-learn": "sklearn", "pytest-xdist": "xdist"}.get(name, name))
     except Exception:  # a half-finished install can fail in any way
         lack(f"no {name}")
     if numbers(module.__version__) < numbers(least):
@@ -394,8 +394,10 @@ case ${1-} in
         shift
         [ "${DRY_RUN:-0}" != 0 ] || set_up
         cd "$root"
-        quoted "$python" -m pytest -q tests "$@"
-        [ "${DRY_RUN:-0}" != 0 ] || exec "$python" -m pytest -q tests "$@"  # in the foreground, for debuggers
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+        set -- -q -n 2 tests "$@"  # two at a time; -n 0 for debuggers
+        quoted "$python" -m pytest "$@"
+        [ "${DRY_RUN:-0}" != 0 ] || exec "$python" -m pytest "$@"
         ;;
     report)
         shift

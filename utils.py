@@ -3,7 +3,9 @@
 Letter in shape comments: T any number of values.
 """
 import argparse
+import contextlib
 import datetime
+import json
 import math
 import multiprocessing
 import os
@@ -46,19 +48,19 @@ def run(main):
     An `InputError`, a `FloatingPointError` of training, a dead loader process or a lost peer becomes one line on stderr;
     any other error is a bug and keeps its traceback.
     """
-    code = 0
+    code, held = 0, None  # what is raised is held: it keeps the DataLoader, which would wait for workers that hang
     try:
         main()
     except Preempted as stop:
-        code = EXIT_PREEMPTED
+        code, held = EXIT_PREEMPTED, stop
         if is_main_process():
             print(stop, file=sys.stderr)
-    except KeyboardInterrupt:
-        code = 130
+    except KeyboardInterrupt as stop:
+        code, held = 130, stop
         if _environment_rank() == 0:
             print("interrupted; what is saved stays", file=sys.stderr)
     except Exception as error:
-        code, text = 1, str(error)
+        code, held, text = 1, error, str(error)
         rank = _environment_rank()
         name = f"error{f' (process {rank})' if rank else ''}"
         if isinstance(error, (InputError, FloatingPointError)):
@@ -66,8 +68,10 @@ def run(main):
                 # What all met, process 0 says, and the launcher then ends the others; what this one alone met, it must say.
                 time.sleep(5)
             print(f"{name}: {one_line(error)}", file=sys.stderr)
-        elif "DataLoader worker" in text:
-            print(f"{name}: a loader process died: {one_line(error)} If memory ran out, lower --num_workers.",
+        elif "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
+            # The second kind where it died in the middle of handing over a batch.
+            cause = one_line(error) if "DataLoader worker" in text else f"DataLoader worker broke off, {one_line(error)}"
+            print(f"{name}: a loader process died: {cause.rstrip('. ')}. If memory ran out, lower --num_workers",
                   file=sys.stderr)
         elif dist.is_initialized() and re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", text, re.IGNORECASE):
             time.sleep(1)  # the other one's error comes first
@@ -77,16 +81,18 @@ def run(main):
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()
+    if not code:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     # Loader processes may hang in a read; an error must not wait for them, nor for the other processes.
     children = multiprocessing.active_children()
     if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at their death
     for child in children:
         child.kill()
-    if code:
-        os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
+    del held
+    os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
 
 
 def _environment_rank():
@@ -95,7 +101,8 @@ def _environment_rank():
 
 def one_line(error):
     """Message of an error; out of a loader worker it comes wrapped in a traceback, as the last line, after its class."""
-    return re.sub(r"^(\w+\.)+\w+(Error|Image): ", "", str(error).strip().splitlines()[-1])
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^(\w+\.)+\w+(Error|Image): ", "", lines[-1])
 
 
 def bool_flag(text):
@@ -177,7 +184,7 @@ def init_process(device="auto", dist_url="env://"):
             _set_slurm_rendezvous()
         place = {"init_method": dist_url}
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if attempt != "0":
+        if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":  # several nodes may count differently
             # After a restart torchrun's store may still hold the addresses of the processes before: gloo waits for them.
             place = {"store": dist.PrefixStore(f"attempt {attempt}", next(rendezvous(dist_url, rank, world_size))[0])}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", world_size=world_size, rank=rank, **place)
@@ -251,7 +258,7 @@ def gather_parts(tensor):
 class StopSignals:
     """Notes SIGTERM and SIGUSR1, by which schedulers announce the end; while data are waited for they end the wait."""
 
-    class WaitEnded(Exception):  # noqa: N818 - no error
+    class WaitEnded(BaseException):  # noqa: N818 - no error, and no `except Exception` on its way may take it for one
         """Raised inside `wait_for`."""
 
     def __init__(self):
@@ -280,6 +287,10 @@ class StopSignals:
                 self._waiting = False
         except self.WaitEnded:
             return None
+        except Exception:
+            if self.received:  # torch.compile wraps what is raised while it traces
+                return None
+            raise
 
     def restore(self):
         """Give the signals back to whoever had them."""
@@ -597,10 +608,22 @@ def save_atomically(obj, path, previous=None):
         temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # the new name must outlast a crash too
         folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
             os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock file `path` against all other processes, also on other nodes; gives None, or why there are no locks."""
+    with open(path, "ab") as file:
+        reason = None
+        try:
+            import fcntl  # POSIX only
+            fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock, also between the nodes of every network file system
+        except (ImportError, OSError) as error:
+            reason = error
+        yield reason
 
 
 def without_prefix(state_dict, prefix):
@@ -923,7 +946,7 @@ def log_scalars(writer, group, values, step):
             if name != "nonfinite":
                 writer.add_scalar(f"{group}/{name}", value, step)
     except OSError as error:
-        warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
+        say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
 
 
 
@@ -947,7 +970,7 @@ def close_writer(writer):
     try:
         writer.close()
     except OSError as error:
-        warn_once(f"TensorBoard's events cannot be written ({error.strerror})")
+        say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
 
 
 class DeviceMeters:
@@ -992,8 +1015,25 @@ def peak_memory_mib(device):
 
 
 @lru_cache
-def warn_once(text):
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+def say_once(text):
+    """Print a line on stderr, on process 0, the first time only."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def trim_log(path, epoch):
+    """Leave in `path`, a JSON object with "epoch" per line, the epochs before `epoch`; half lines go. May be missing."""
+    def is_kept(line):
+        try:
+            return line.endswith("\n") and json.loads(line)["epoch"] < epoch
+        except (ValueError, KeyError, TypeError):  # of a full disk or a kill
+            return False
+
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if is_kept(line)]
+        if kept != lines:
+            path.write_text("".join(kept))
 
 
 def eta_string(seconds):

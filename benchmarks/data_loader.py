@@ -97,18 +97,21 @@ def plain_crop(size, scale, blur_p, solarize_p):
     ])
 
 
-def plain_mask(height, width):
-    """Block-wise mask of BEiT's algorithm, on the interpreter's generator."""
-    ratio = random.choice([r + v * random.uniform(-1, 1) for r, v in zip(PRED_RATIO, PRED_RATIO_VAR, strict=True)])
+def plain_ratio():
+    return random.choice([r + v * random.uniform(-1, 1) for r, v in zip(PRED_RATIO, PRED_RATIO_VAR, strict=True)])
+
+
+def plain_mask(height, width, ratio, rng=random, aspect=(0.3, 1 / 0.3)):
+    """The words of BEiT's algorithm for block-wise masks, with the interpreter's generator."""
     mask, count, target = np.zeros((height, width), dtype=bool), 0, ratio * height * width
     while count < target:
         for _ in range(10):
-            area = random.uniform((min(height, width) // 3) ** 2, target - count)
-            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            area = rng.uniform((min(height, width) // 3) ** 2, target - count)
+            a = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+            h, w = round(math.sqrt(area * a)), round(math.sqrt(area / a))
             if h >= height or w >= width:
                 continue
-            y, x = random.randint(0, height - h), random.randint(0, width - w)
+            y, x = rng.randint(0, height - h), rng.randint(0, width - w)
             new = h * w - np.count_nonzero(mask[y:y + h, x:x + w])
             if 0 < new <= target - count:
                 mask[y:y + h, x:x + w] = True
@@ -133,7 +136,7 @@ class PlainFolder(Dataset):
     def __getitem__(self, index):
         image, label = self.folder[index]
         crops = [crop(image) for crop in self.crops]
-        return crops, label, [plain_mask(crop.shape[1] // 16, crop.shape[2] // 16) for crop in crops]
+        return crops, label, [plain_mask(crop.shape[1] // 16, crop.shape[2] // 16, plain_ratio()) for crop in crops]
 
 
 # ---------------------------------------------------------------- measurements

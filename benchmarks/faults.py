@@ -5,9 +5,9 @@ be, bit for bit, that of the run which nobody disturbed.
     python benchmarks/faults.py --trials 10 --fault term corrupt process disk
 
 Faults: `kill` and `term` send SIGKILL and SIGTERM; `corrupt` kills, then truncates the newest checkpoint or flips a byte of
-it; `process` kills one of two processes; `disk` gives the first run a file system without room for a second checkpoint (a
-tmpfs as root, a limited file size otherwise). Prints trials, kills during a save (a half-written file was left), and
-differences. CPU only; scikit-learn's digits, a checkpoint after every update.
+it; `process` kills one of two processes (Linux); `disk` gives the first run a file system without room for a second
+checkpoint (a tmpfs as root, a limited file size otherwise). Prints trials, kills during a save (a half-written file was
+left), and differences. CPU only; scikit-learn's digits, a checkpoint after every update.
 """
 import argparse
 import os
@@ -81,31 +81,43 @@ def finish(process):
 
 
 def children(process):
-    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    return [int(word) for word in out.split()]
+    """{rank: process id} of torchrun's processes, read from their environment (Linux)."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == process.pid:
+                words = (entry / "environ").read_bytes().split(b"\0")
+                found |= {int(word[5:]): int(entry.name) for word in words if word.startswith(b"RANK=")}
+        except (OSError, ValueError, IndexError):
+            continue
+    return found
+
+
+def everything(folder):
+    """All that a run leaves, flat: {name: tensor, number or log line}, but for its arguments."""
+    found = {f"log.{i}": line for i, line in enumerate((folder / "log.txt").read_text().splitlines())}
+
+    def walk(name, value):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                walk(f"{name}.{key}", part)
+        elif isinstance(value, (list, tuple)):
+            for i, part in enumerate(value):
+                walk(f"{name}.{i}", part)
+        else:
+            found[name] = value
+    checkpoint = utils.load_checkpoint(folder / "checkpoint.pth")
+    for key in checkpoint.keys() - {"args"}:
+        walk(key, checkpoint[key])
+    return found
 
 
 def differences(a, b):
-    """Names of what differs between the ends of two runs: entries of checkpoints, lines of logs."""
-    found = [] if (a / "log.txt").read_text() == (b / "log.txt").read_text() else ["log.txt"]
-
-    def walk(name, x, y):
-        if type(x) is not type(y):
-            found.append(name)
-        elif isinstance(x, dict):
-            found.extend(f"{name}.{key}" for key in x.keys() ^ y.keys())
-            for key in x.keys() & y.keys():
-                walk(f"{name}.{key}", x[key], y[key])
-        elif isinstance(x, (list, tuple)):
-            found.extend([name] * (len(x) != len(y)))
-            for i, (v, w) in enumerate(zip(x, y, strict=False)):
-                walk(f"{name}.{i}", v, w)
-        elif not (torch.equal(x, y) if torch.is_tensor(x) else x == y):
-            found.append(name)
-    one, two = (utils.load_checkpoint(folder / "checkpoint.pth") for folder in (a, b))
-    del one["args"], two["args"]  # the output folder
-    walk("checkpoint", one, two)
-    return found
+    """Names of what differs between the ends of two runs."""
+    a, b = everything(a), everything(b)
+    return [name for name in a.keys() | b.keys() if name not in a or name not in b or not (
+        torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name])]
 
 
 def disturb(fault, process, output, seconds, rng, notes):
@@ -113,20 +125,21 @@ def disturb(fault, process, output, seconds, rng, notes):
     time.sleep(rng.uniform(0, 0.7 * seconds))
     if rng.random() < 0.5:
         while process.poll() is None and not list(output.glob(".checkpoint*")):
-            pass
+            time.sleep(0.0005)
         time.sleep(rng.uniform(0, 0.005))
     if process.poll() is not None:
-        notes["over before"] += 1
+        pass
     elif fault == "term":
         process.send_signal(signal.SIGTERM)
     elif fault == "process":
-        os.kill(rng.choice(children(process)), signal.SIGKILL)
+        os.kill(rng.choice(list(children(process).values())), signal.SIGKILL)
     else:
         process.kill()
     since = time.monotonic()
-    process.communicate(timeout=120)
+    over = "training time" in process.communicate(timeout=120)[0]
+    notes["over before"] += over  # the signal met a process that was leaving
     notes["slowest end, s"] = max(notes["slowest end, s"], round(time.monotonic() - since, 1))
-    if fault == "term" and process.returncode not in (0, utils.EXIT_PREEMPTED):
+    if fault == "term" and process.returncode != utils.EXIT_PREEMPTED and not over:
         notes["wrong exit codes"] += 1
     if list(output.glob(".checkpoint*")):
         notes["during a save"] += 1
@@ -204,8 +217,11 @@ def main():
             for trial in range(args.trials):
                 place = folder / f"{fault}{trial}"
                 place.mkdir()
-                for name in run_trial(fault, data, whole[processes], place, seconds[processes], rng, notes):
-                    lost[name] += 1
+                try:
+                    lost.update(run_trial(fault, data, whole[processes], place, seconds[processes], rng, notes))
+                except RuntimeError as error:
+                    print(error, file=sys.stderr)
+                    lost["runs that did not go on"] += 1
             print(f"{fault}: {args.trials} trials, " + "".join(f"{name}: {n}, " for name, n in sorted(notes.items()))
                   + (f"differences: {dict(lost)}" if lost else "no differences"), flush=True)
             failed |= bool(lost)

@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from evaluation.common.arguments import evaluation_parser, int_from
-from evaluation.common.data import image_sets
 from evaluation.common.knn import knn_classify, topk_accuracy, usable_ks
-from evaluation.common.protocol import extract_features_of_keys, read_backbones
+from evaluation.common.protocol import extract_features_of_keys, read_backbones, read_sets, start_process
 from evaluation.common.results import append_result, results_folder, shared_settings
 
 
@@ -50,12 +49,9 @@ def main():
     args = get_args_parser().parse_args()
     if args.temperature <= 0:
         raise utils.InputError(f"--temperature {args.temperature}: must be above 0")
-    process = utils.init_process(args.device, args.dist_url)
-    if process.rank == 0:
-        print(utils.describe_run(args, process), flush=True)
+    process = start_process(args)
     backbones, _ = read_backbones(args)
-    sets = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
-                      download=args.download)
+    sets = read_sets(args)
     ks = usable_ks(args.nb_knn, len(sets[0]))
     features = extract_features_of_keys(args, backbones, sets, process)
     if process.rank == 0:

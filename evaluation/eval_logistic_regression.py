@@ -17,10 +17,9 @@ import torch.nn.functional as F
 
 import utils
 from evaluation.common.arguments import evaluation_parser, int_from
-from evaluation.common.data import image_sets
 from evaluation.common.knn import topk_accuracy
 from evaluation.common.logistic import fit_logistic, predict
-from evaluation.common.protocol import extract_features_of_keys, read_backbones
+from evaluation.common.protocol import extract_features_of_keys, read_backbones, read_sets, start_process
 from evaluation.common.results import append_result, results_folder, shared_settings
 
 
@@ -68,12 +67,9 @@ def main():
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) <= 0:
             raise utils.InputError(f"--{name} {values}: must be above 0")
-    process = utils.init_process(args.device, args.dist_url)
-    if process.rank == 0:
-        print(utils.describe_run(args, process), flush=True)
+    process = start_process(args)
     backbones, _ = read_backbones(args)
-    sets = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
-                      download=args.download)
+    sets = read_sets(args)
     features = extract_features_of_keys(args, backbones, sets, process)
     if process.rank == 0:
         # MPS has no double precision, which sums over the images are kept in.

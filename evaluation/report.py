@@ -325,17 +325,11 @@ def report(output_dir):
     notes += more
     if len(records) < len(everything):
         notes.append(f"{len(everything) - len(records)} older result(s) of evaluations that were repeated are left out")
-    names = ", ".join(dict.fromkeys(f"{arch}/{size}" for arch, size in map(network, records)))
+    names = utils.printable(", ".join(dict.fromkeys(f"{arch}/{size}" for arch, size in map(network, records))), 200)
     source = ("The paper's top-1 accuracies (iBOT, Zhou et al., 2022), ImageNet-1K" if len(published) > 1
               else f"The paper has no numbers for {names}.")
 
-    print(f"{folder}: {len(records)} result(s) of {utils.printable(names, 100)}, in percent")
-    for table in tables:
-        print(f"\n{as_text(table)}")
-    print("".join(f"\n{note}" for note in notes), end="\n\n" if notes else "\n")
-    print(source + (f"\n{as_text(published)}\n" if len(published) > 1 else "\n"))
-
-    text = [f"# {folder.resolve().name}", f"{len(records)} results of {names}, in percent.", *map(as_markdown, tables)]
+    text = [f"# {folder.resolve().name}", f"{len(records)} result(s) of {names}, in percent.", *map(as_markdown, tables)]
     text += ["\n".join(f"- {note}" for note in notes)] if notes else []
     text += ["## Published", source, *([as_markdown(published)] if len(published) > 1 else [])]
     text += ["## Curves"] + ([f"![{title}](pictures/{name}.png)" for name, (title, _) in pictures.items()] or ["No logs."])
@@ -348,7 +342,12 @@ def report(output_dir):
         (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     except OSError as error:
         raise utils.InputError(f"{folder}: the report cannot be written ({error.strerror or error})") from error
-    print(f"written: {folder / 'report.md'}" + "".join(f", {folder / 'pictures' / name}.png" for name in pictures))
+
+    parts = [f"{folder}: {len(records)} result(s) of {names}, in percent", *map(as_text, tables)]
+    parts += ["\n".join(notes)] if notes else []
+    parts += [source + (f"\n{as_text(published)}" if len(published) > 1 else "")]
+    parts += [f"written: {folder / 'report.md'}" + "".join(f", {folder / 'pictures' / name}.png" for name in pictures)]
+    print("\n\n".join(parts), flush=True)
 
 
 def settings_text(record):

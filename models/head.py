@@ -45,8 +45,8 @@ class SyncBatchNorm(nn.BatchNorm1d):
         variance = squares / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(squares / max(count - 1, 1), self.momentum)
+            for running, value in ((self.running_mean, mean), (self.running_var, squares / max(count - 1, 1))):
+                running.lerp_(torch.where(value.isfinite(), value, running), self.momentum)  # a dropped step leaves no NaN
         tokens = (tokens - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
         return tokens.view_as(x).to(x.dtype)
 

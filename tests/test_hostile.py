@@ -124,7 +124,7 @@ def test_index_of_a_data_folder(digits, tmp_path, monkeypatch, capsys):
                {"folders": loader._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"/0", 1))}]
     for changed in hostile:
         torch.save({key: value for key, value in {**index, **changed}.items() if value is not ...}, path)
-        loader._note.cache_clear()
+        utils.say_once.cache_clear()
         assert list(loader.CheckedImageFolder(data).samples) == list(expected), changed
         note = capsys.readouterr().err
         assert note.startswith("note: ") and note.count("\n") == 1 and str(path) in note, (changed, note)

@@ -185,6 +185,8 @@ def test_a_folder_that_goes_away_or_loses_its_images_is_an_error(folder):
 
 
 def test_links_in_a_circle_are_an_error(folder):
+    (folder / "b/self.png").symlink_to("self.png")
+    assert str(folder / "b/self.png") in [path for path, _ in open_folder(folder).samples]  # a bad image only
     (folder / "Z/round").symlink_to(folder / "Z")
     with pytest.raises(InputError, match="Z/round.*symbolic links"):
         open_folder(folder)
@@ -272,7 +274,7 @@ def test_a_file_system_without_locks(folder, cache, monkeypatch):
 
     def refuse(*_):
         raise OSError(37, "No locks available")
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     check(open_folder(folder), folder)
     assert list(cache.glob("*.index"))
 

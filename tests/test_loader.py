@@ -15,6 +15,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
 import loader
+from benchmarks.data_loader import plain_mask
 from utils import InputError
 
 SMALL = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 1}
@@ -101,27 +102,6 @@ def test_block_masks_over_ten_thousand_draws():
     assert abs(covered.mean() - 0.15) < 0.01
 
 
-def reference_block_mask(height, width, ratio, rng, aspect=(0.3, 1 / 0.3)):
-    """The words of BEiT's algorithm, with the interpreter's generator."""
-    mask, count, target = np.zeros((height, width), dtype=bool), 0, ratio * height * width
-    while count < target:
-        for _ in range(10):
-            area = rng.uniform((min(height, width) // 3) ** 2, target - count)
-            a = np.exp(rng.uniform(np.log(aspect[0]), np.log(aspect[1])))
-            h, w = round(np.sqrt(area * a)), round(np.sqrt(area / a))
-            if h >= height or w >= width:
-                continue
-            y, x = rng.randint(0, height - h), rng.randint(0, width - w)
-            new = (~mask[y:y + h, x:x + w]).sum()
-            if 0 < new <= target - count:
-                mask[y:y + h, x:x + w] = True
-                count += new
-                break
-        else:
-            break
-    return mask
-
-
 @pytest.mark.parametrize(("size", "ratio"), [(14, 0.1), (14, 0.3), (14, 0.5), (7, 0.3)])
 def test_block_masks_have_the_plain_algorithms_distribution(size, ratio):
     def statistics(draw):
@@ -131,7 +111,7 @@ def test_block_masks_have_the_plain_algorithms_distribution(size, ratio):
 
     rng, plain = np.random.default_rng(1), random.Random(1)
     ours = statistics(lambda: loader.block_mask(size, size, ratio, rng))
-    theirs = statistics(lambda: reference_block_mask(size, size, ratio, plain))
+    theirs = statistics(lambda: plain_mask(size, size, ratio, plain))
     # Means of cover, length of edges, first row and centre, within 5 standard errors.
     for a, b in zip(ours, theirs, strict=True):
         assert abs(a.mean() - b.mean()) <= 5 * np.sqrt((a.var() + b.var()) / 1500)

@@ -247,7 +247,7 @@ def test_quickstart_resumed_keeps_what_is_there(repository):
 
 
 def test_test(repository):
-    assert commands(repository, "test", "-k", "a or b") == [["python3", "-m", "pytest", "-q", "tests", "-k", "a or b"]]
+    assert commands(repository, "test", "-k", "a or b") == [["python3", "-m", "pytest", "-q", "-n", "2", "tests", "-k", "a or b"]]
 
 
 # ---------------------------------------------------------------- refusals

@@ -652,7 +652,7 @@ def write_log(folder, line):
         with open(folder / "log.txt", "a") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
-        utils.warn_once(f"{folder / 'log.txt'} cannot be written ({error.strerror})")
+        utils.say_once(f"warning: {folder / 'log.txt'} cannot be written ({error.strerror})")
 
 
 class OtherTask(utils.InputError):

@@ -22,9 +22,9 @@ from torchvision.transforms import v2
 
 import utils
 from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from
-from evaluation.common.data import epoch_order, image_sets
+from evaluation.common.data import epoch_order
 from evaluation.common.features import feature_dim, frozen_features, pool_features
-from evaluation.common.protocol import read_backbones
+from evaluation.common.protocol import read_backbones, read_sets, start_process
 from evaluation.common.results import append_result, results_folder, shared_settings
 from loader import normalize
 
@@ -390,8 +390,7 @@ def prepare_folder(folder, log_file, start):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise utils.InputError(f"--output_dir {folder}: {error.strerror}") from error
-    lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-    log_file.write_text("".join(line for line in lines if json.loads(line)["epoch"] < start))
+    utils.trim_log(log_file, start)
 
 
 def log_line(epoch, configs, rate_scale, losses, sweep):
@@ -440,9 +439,7 @@ def run_probe(args, configs, protocol):
 
     `protocol` names the records in results.json; it is "linear" for a sweep, whose files have a sweep's form.
     """
-    process = utils.init_process(args.device, args.dist_url)
-    if process.rank == 0:
-        print(utils.describe_run(args, process), flush=True)
+    process = start_process(args)
     keys = checkpoint_keys(args.pretrained_weights, args.checkpoint_key)
     if args.load_from not in (None, "auto") and len(keys) > 1:
         raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key, not {len(keys)}")
@@ -450,8 +447,7 @@ def run_probe(args, configs, protocol):
     for key, folder in folders.items():
         check_output(folder, key, args)
     backbones, _ = read_backbones(args)
-    train, val = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
-                            download=args.download)
+    train, val = read_sets(args)
     if args.num_labels and args.num_labels < len(train.classes):
         raise utils.InputError(f"--num_labels {args.num_labels}: {train.name} has {len(train.classes)} classes")
     if process.world_size > 1:

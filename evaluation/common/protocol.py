@@ -1,8 +1,24 @@
 """What the protocols on fixed features have in common: from the flags to the features of every checkpoint key."""
+import utils
 from evaluation.common.arguments import checkpoint_keys
 from evaluation.common.backbone import load_evaluated_backbone, read_weights
+from evaluation.common.data import image_sets
 from evaluation.common.features import feature_dim, frozen_features
 from evaluation.common.results import read_results, results_folder
+
+
+def start_process(args):
+    """Join the other processes and print what is run; returns the `utils.Process`."""
+    process = utils.init_process(args.device, args.dist_url)
+    if process.rank == 0:
+        print(utils.describe_run(args, process), flush=True)
+    return process
+
+
+def read_sets(args):
+    """(training, validation) `ImageSet` for the flags of `evaluation_parser`."""
+    return image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
+                      download=args.download)
 
 
 def read_backbones(args):

@@ -1,5 +1,4 @@
 """The file of results that all evaluations of a run share."""
-import contextlib
 import json
 import os
 import time
@@ -65,7 +64,10 @@ def append_result(output_dir, protocol, checkpoint, key, settings, metrics):
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_name(f".{path.name}.lock")):
+        with utils.locked(path.with_name(f".{path.name}.lock")) as no_locks:
+            if no_locks:
+                utils.say_once(f"warning: {path}: no locks here ({no_locks}); evaluations that end at the same moment may "
+                               "lose a record")
             records = read_results(output_dir)
             records.append({"protocol": protocol, "checkpoint": str(checkpoint), "key": key, "settings": settings,
                             "metrics": metrics, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions})
@@ -77,15 +79,3 @@ def append_result(output_dir, protocol, checkpoint, key, settings, metrics):
                 temporary.unlink(missing_ok=True)
     except OSError as error:
         raise utils.InputError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-@contextlib.contextmanager
-def _lock(path):
-    """Hold the lock file `path` against the processes of all nodes; where there are no locks, say so and go on."""
-    with open(path, "a") as file:
-        try:
-            import fcntl  # POSIX only
-            fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock, also between the nodes of every network file system
-        except (ImportError, OSError) as error:
-            utils.warn_once(f"{path}: no locks here ({error}); evaluations that end at the same moment may lose a record")
-        yield

@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import utils
 from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.clustering import head_clusters, kmeans, load_projection_head
-from evaluation.common.data import image_sets
-from evaluation.common.protocol import extract_features_of_keys, read_backbones
+from evaluation.common.protocol import extract_features_of_keys, read_backbones, read_sets, start_process
 from evaluation.common.results import append_result, results_folder, shared_settings
 
 
@@ -62,9 +61,7 @@ def main():
     if "head" in args.clusters and (args.n_last_blocks, args.avgpool_patchtokens) != (1, 0):
         raise utils.InputError("--clusters head: the head reads the last [CLS] token, "
                                "so --n_last_blocks must be 1 and --avgpool_patchtokens 0")
-    process = utils.init_process(args.device, args.dist_url)
-    if process.rank == 0:
-        print(utils.describe_run(args, process), flush=True)
+    process = start_process(args)
     backbones, checkpoint = read_backbones(args)
     heads = {key: load_projection_head(checkpoint, key, args.pretrained_weights) if "head" in args.clusters else None
              for key in backbones}
@@ -72,8 +69,7 @@ def main():
         outputs = head and len(head.last_layer.weight_v)
         if head and args.out_dim not in (None, outputs):
             raise utils.InputError(f"--out_dim {args.out_dim}: the head of {key} has {outputs} outputs")
-    sets = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
-                      download=args.download)
+    sets = read_sets(args)
     features = extract_features_of_keys(args, backbones, sets[1:], process)
     if process.rank == 0:
         device = "cpu" if process.device.type == "mps" else process.device  # MPS has no double precision
