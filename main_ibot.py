@@ -11,10 +11,7 @@ Letters in shape comments: B images of a batch, G global crops, L local crops, N
 M masked patches of the batch, K outputs of the head, W processes.
 """
 import argparse
-import json
 import math
-import shutil
-import sys
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -31,10 +28,8 @@ import loader
 import models
 import utils
 
-CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
 SIGNS = ("cls_entropy", "cls_kl", "cls_std", "patch_entropy", "patch_cross", "patch_share", "patch_used")
-SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
 
 
 def get_args_parser():
@@ -125,13 +120,13 @@ def get_args_parser():
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default=".", type=str)
     run.add_argument("--load_from", default=None, type=str,
-                     help=f"resume from this file of the output folder, e.g. {CHECKPOINT}; auto: from the newest good one, "
-                          "or a fresh start where there is none")
+                     help=f"resume from this file of the output folder, e.g. {utils.CHECKPOINT}; auto: from the newest "
+                          "good one, or a fresh start where there is none")
     run.add_argument("--overwrite", default=False, type=flag, help="start over in an output folder that holds a run")
     run.add_argument("--saveckp_freq", default=40, type=int,
                      help="also keep checkpointNNNN.pth every so many epochs; 0: never")
     run.add_argument("--save_every_steps", default=0, type=int,
-                     help=f"also save {CHECKPOINT} every so many updates; 0: never")
+                     help=f"also save {utils.CHECKPOINT} every so many updates; 0: never")
     run.add_argument("--save_every_minutes", default=0.0, type=float, help="the same by the clock")
     run.add_argument("--on_save_error", default="continue", choices=("continue", "stop"),
                      help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
@@ -197,16 +192,8 @@ def check_args(args):
          f"--shared_head_teacher {args.shared_head_teacher}, --patch_out_dim must equal --out_dim")
 
     output_dir = Path(args.output_dir)
-    need(not output_dir.exists() or output_dir.is_dir(), f"--output_dir {output_dir} is a file")
     need(not (args.load_from and args.overwrite), "--load_from resumes and --overwrite true starts over: give one of them")
-    if args.load_from:
-        need(args.load_from == "auto" or (output_dir / args.load_from).is_file(),
-             f"--load_from: {output_dir / args.load_from} does not exist")
-    else:
-        held = run_files(output_dir)
-        need(args.overwrite or not held,
-             f"--output_dir {output_dir} already holds a run ({', '.join(p.name for p in held[:3])}): resume with "
-             "--load_from auto, start over with --overwrite true, or choose another folder")
+    utils.check_output(output_dir, args.load_from, args.overwrite, run_files(output_dir))
 
 
 # ---------------------------------------------------------------- the loss
@@ -488,15 +475,13 @@ def pretrain(args, signals, at_end):
         notes += notes_of_resume(path, checkpoint, args, process, len(dataset), images, progress["step"] * total_batch)
         del checkpoint
     started = start_epoch * steps_per_epoch + progress["step"]
-    if utils.host_reduce(started) != -utils.host_reduce(-started):
-        raise utils.InputError(f"--load_from {args.load_from}: the processes found different checkpoints; "
-                               f"all nodes must see the same {output_dir}")
+    utils.check_same_start(started, args.load_from, output_dir)
 
     writer = None
     if main_process:
-        if args.load_from == "auto" and path == output_dir / PREVIOUS:
-            path = path.replace(output_dir / CHECKPOINT)  # which is damaged: the next save is not to keep that one
-        start_output(output_dir, start_epoch if path else None)
+        if args.load_from == "auto" and path == output_dir / utils.PREVIOUS:
+            path = path.replace(output_dir / utils.CHECKPOINT)  # which is damaged: the next save is not to keep that one
+        utils.start_output(output_dir, start_epoch if path else None, run_files(output_dir))
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
         at_end.callback(utils.close_writer, writer)
         print(utils.describe_run(args, process))
@@ -514,9 +499,9 @@ def pretrain(args, signals, at_end):
     bad_before, warned = set(progress["bad"]), set()
 
     def wanted():
-        """What this process wants before the next batch: STOP, SAVE or nothing."""
+        """What this process wants before the next batch: to STOP, to SAVE or nothing."""
         due = main_process and args.save_every_minutes and time.monotonic() - saved_at > 60 * args.save_every_minutes
-        return STOP if signals.received else SAVE if due else 0
+        return utils.STOP if signals.received else utils.SAVE if due else 0
 
     def save_now(epoch, progress):
         """Save the run as it is before update `progress["step"]` of `epoch`; all processes call it. False if that fails."""
@@ -560,7 +545,7 @@ def pretrain(args, signals, at_end):
     if main_process:
         if start_epoch >= args.epochs:
             print(f"nothing to do: {path} has finished {start_epoch} epochs")
-        print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / CHECKPOINT}")
+        print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / utils.CHECKPOINT}")
 
 
 def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, steps, schedules, epoch, progress, wanted,
@@ -572,7 +557,7 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         progress: `new_progress()`, or as a checkpoint had it; kept up to date.
         wanted, save_now, check_images: see `pretrain`; `check_images` is called with each log line.
 
-    Raises `utils.Preempted` at the first batch at which any process wants to STOP, after saving.
+    Raises `utils.Preempted` at the first batch at which any process wants to stop, after saving.
     """
     meters, signs = utils.DeviceMeters(METERS), utils.DeviceMeters(SIGNS)
     waited, since, since_step = 0.0, time.time(), progress["step"]
@@ -586,9 +571,9 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         waited += time.time() - wait_from
         # The hosts agree before each batch, so that all stop at the same one, whichever of them a signal or a stall met.
         want = utils.host_reduce(wanted())
-        if want == STOP:
+        if want == utils.STOP:
             raise utils.Preempted
-        if want == SAVE and first:
+        if want == utils.SAVE and first:
             save_here()
         return batch
 
@@ -635,11 +620,7 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
             ibot_loss.teacher_means.clear()  # of batches of this update, which a resumed run computes again
             if before is not None:  # with one batch an update nothing was drawn before the stop
                 utils.set_random_state(before, device)
-            failed = not save_here()
-            if utils.host_reduce(int(failed)):  # also waits for process 0, which a launcher would kill when another ends
-                raise utils.InputError("a signal asked to stop, but the run could not be saved") from None
-            raise utils.Preempted(f"stopped by a signal at epoch {epoch}, step {it}, and saved: the same command with "
-                                  "--load_from auto goes on from there") from None
+            raise utils.stopped(save_here(), epoch, it) from None
         progress["step"] = it + 1
         meters.add(*(means[name] for name in METERS))
         if log_step:
@@ -760,11 +741,7 @@ def new_progress():
 def write_logs(output_dir, epoch, stats, writer, bad):
     """Add an epoch to `log.txt` and TensorBoard, list bad images. A full disk is a warning."""
     utils.log_scalars(writer, "epoch", stats, epoch)
-    try:
-        with open(output_dir / "log.txt", "a") as file:
-            file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
-    except OSError as error:
-        utils.say_once(f"warning: {output_dir / 'log.txt'} cannot be written ({error.strerror})")
+    utils.append_log(output_dir / "log.txt", {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
     if bad:
         loader.write_bad_images(output_dir, bad)
 
@@ -790,7 +767,7 @@ def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
 
 def checkpoint_files(output_dir):
     """Checkpoints of a run, newest first."""
-    found = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS) if path.exists()]
+    found = [path for path in (output_dir / utils.CHECKPOINT, output_dir / utils.PREVIOUS) if path.exists()]
     return found + sorted(output_dir.glob("checkpoint[0-9]*.pth"), reverse=True)
 
 
@@ -798,18 +775,6 @@ def run_files(output_dir):
     """What a run writes into its folder, as far as it is there."""
     others = (output_dir / name for name in ("log.txt", "tf_logs", loader.BAD_IMAGES))
     return checkpoint_files(output_dir) + [path for path in others if path.exists()]
-
-
-def start_output(output_dir, epoch):
-    """Make the folder and remove what a killed run left half written; without `epoch` all of an earlier run (see
-    `check_args`), with it what `log.txt` says of that epoch and later ones, which will be run again."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        utils.trim_log(output_dir / "log.txt", epoch)  # there is none in a fresh start
-    except OSError as error:
-        raise utils.InputError(f"--output_dir {error.filename or output_dir}: {error.strerror}") from error
 
 
 def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress):
@@ -822,10 +787,7 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     def wrapped(network):
         return {f"module.{name}": value for name, value in network.state_dict().items()}
 
-    tensors = [x for module in (student, teacher, ibot_loss) for x in (*module.parameters(), *module.buffers())
-               if x.is_floating_point()]
-    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
-        raise FloatingPointError(f"a weight or centre became non-finite in epoch {epoch}; the last checkpoint is intact")
+    utils.check_finite((student, teacher, ibot_loss), epoch)
     state = {
         "student": wrapped(student),
         "teacher": wrapped(teacher) if teacher.head.has_batch_norm else teacher.state_dict(),
@@ -837,18 +799,15 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     }
     if scaler is not None:
         state["fp16_scaler"] = scaler.state_dict()
-    path = output_dir / CHECKPOINT
+    path = output_dir / utils.CHECKPOINT
     try:
-        utils.save_atomically(state, path, previous=output_dir / PREVIOUS)
+        utils.save_atomically(state, path, previous=output_dir / utils.PREVIOUS)
         finished = epoch - 1  # the reference counts its files so
         if args.saveckp_freq and not progress["step"] and finished > 0 and finished % args.saveckp_freq == 0:
             path = output_dir / f"checkpoint{finished:04}.pth"
             utils.save_atomically(state, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        message = f"{path} could not be written ({utils.one_line(error)}); the checkpoints before it are intact"
-        if args.on_save_error == "stop":
-            raise utils.InputError(message) from error
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        utils.not_saved(path, error, args.on_save_error)
         return False
     return True
 
@@ -859,7 +818,7 @@ def find_checkpoint(output_dir, load_from):
     Raises `utils.InputError` when that file is no good, or none of those that there are.
     """
     if load_from == "auto":
-        return utils.find_checkpoint(checkpoint_files(output_dir), read_checkpoint, "--overwrite true starts over")
+        return utils.find_checkpoint(checkpoint_files(output_dir), read_checkpoint)
     return output_dir / load_from, read_checkpoint(output_dir / load_from)
 
 
@@ -903,13 +862,8 @@ def notes_of_resume(path, checkpoint, args, process, folder, images, used):
 
     folder: images in the folder; images: those of the running epoch that were used before; used: whole batches of them.
     """
-    notes = [f"resumed from {path}"]
-    free = {"output_dir", "load_from", "overwrite", "num_workers", "print_freq", "device", "dist_url", "local_rank",
-            "saveckp_freq", "save_every_steps", "save_every_minutes", "on_save_error", "on_bad_image", "max_bad_images"}
-    then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
-    notes += [f"note: --{name} is {value}, the checkpoint's run had {utils.printable(then[name])}"
-              for name, value in vars(args).items()
-              if name not in free and name in then and repr(then[name]) != repr(value)]
+    free = utils.FREE_FLAGS | {"saveckp_freq"}
+    notes = [f"resumed from {path}", *utils.changed_flags(vars(args), checkpoint, free).values()]
     progress = checkpoint.get("progress", {})
     if not images:
         return notes

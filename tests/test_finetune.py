@@ -26,7 +26,7 @@ import models
 import utils
 from evaluation import eval_cls
 from evaluation.classification_layer_decay import run_class_finetuning
-from evaluation.common import finetune
+from evaluation.common import classifier, finetune
 from evaluation.common.augment import AugmentedSet, UpdateBatches, drawing_from, train_transform, val_transform
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import epoch_order, eval_transform, image_sets
@@ -78,9 +78,9 @@ def expected_layer(name, depths):
 def test_groups_of_every_parameter(arch, depths, rho, pooling):
     with torch.device("meta"):
         backbone = models.build_backbone(arch)
-        model = finetune.Classifier(backbone, torch.nn.Linear(backbone.embed_dim, 1000), mean_pooling=pooling)
+        model = classifier.Classifier(backbone, torch.nn.Linear(backbone.embed_dim, 1000), mean_pooling=pooling)
     L, found = sum(depths), {}
-    groups = finetune.parameter_groups(model, rho, decay_positions=False)
+    groups = classifier.parameter_groups(model, rho, decay_positions=False)
     for group in groups:
         for parameter in group["params"]:
             found[id(parameter)] = (group["lr_scale"], group["decayed"])
@@ -94,18 +94,18 @@ def test_groups_of_every_parameter(arch, depths, rho, pooling):
         assert decayed is not vector, name
     assert len(groups) == 2 * (L + 2) and groups[0]["lr_scale"] == pytest.approx(rho ** (L + 1))
     assert any("relative_position_bias_table" in name for name in names) == arch.startswith("swin")
-    plain = finetune.parameter_groups(model, 1.0, decay_positions=True)
+    plain = classifier.parameter_groups(model, 1.0, decay_positions=True)
     assert [group["lr_scale"] for group in plain] == [1.0, 1.0] and [group["decayed"] for group in plain] == [True, False]
     if not arch.startswith("swin"):
         in_decayed = {id(p) for p in plain[0]["params"]}
         assert {id(backbone.pos_embed), id(backbone.cls_token)} <= in_decayed  # transfer decays them
-    table = finetune.layer_table(model, rho, False).splitlines()
+    table = classifier.layer_table(model, rho, False).splitlines()
     assert len(table) == L + 3 and f"{rho:.5f}" in table[-2] and "head.weight" in table[-1]
 
 
 def test_factors_of_vit_base():
     """Section 18: 0.65^13 for the embeddings, 0.65^12 for block 0, 0.65 for block 11, 1 for norm and head."""
-    ids = [finetune.layer_id(name, [12]) for name in ("backbone.pos_embed", "backbone.blocks.0.norm1.weight",
+    ids = [classifier.layer_id(name, [12]) for name in ("backbone.pos_embed", "backbone.blocks.0.norm1.weight",
                                                       "backbone.blocks.11.mlp.fc1.bias", "backbone.norm.weight", "head.weight")]
     assert [13 - i for i in ids] == [13, 12, 1, 0, 0]
 
@@ -188,12 +188,12 @@ def test_drop_path_is_linear_over_depth():
     rates = [(block.drop_path1.drop_prob, block.drop_path2.drop_prob) for block in model.backbone.blocks]
     np.testing.assert_allclose(rates, [(0.3 * i / 3,) * 2 for i in range(4)])
     swin = models.swin_tiny()
-    finetune.set_dropout(swin, 0.22, 0.1, 0.2)
+    classifier.set_dropout(swin, 0.22, 0.1, 0.2)
     blocks = [block for stage in swin.layers for block in stage.blocks]
     np.testing.assert_allclose([block.drop_path2.drop_prob for block in blocks], 0.22 * np.arange(12) / 11)
     assert all(b.attn.attn_drop.p == 0.2 and b.attn.proj_drop.p == b.mlp.drop1.p == b.mlp.drop2.p == 0.1 for b in blocks)
     own = models.swin_tiny(drop_path_rate=0.1)
-    finetune.set_dropout(own, None, 0.0, 0.0)
+    classifier.set_dropout(own, None, 0.0, 0.0)
     assert own.layers[3].blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
     # It acts in training: whole branches of an image vanish.
     block, x = model.backbone.blocks[3], torch.randn(64, 5, 96)
@@ -205,10 +205,10 @@ def test_drop_path_is_linear_over_depth():
 def test_positions_for_other_sizes():
     torch.manual_seed(0)
     pos_embed = torch.randn(1, 1 + 4 * 4, 8)
-    assert finetune.resize_positions(pos_embed, 4) is pos_embed
+    assert classifier.resize_positions(pos_embed, 4) is pos_embed
     grid = pos_embed[0, 1:].T.view(1, 8, 4, 4)
     for cells in (6, 12):
-        resized = finetune.resize_positions(pos_embed, cells)
+        resized = classifier.resize_positions(pos_embed, cells)
         assert torch.equal(resized[:, 0], pos_embed[:, 0])
         expected = F.interpolate(grid, (cells, cells), mode="bicubic", align_corners=False)[0].flatten(1).T
         torch.testing.assert_close(resized[0, 1:], expected)
@@ -231,7 +231,7 @@ def test_larger_images_from_a_checkpoint(pretrained):
     args = parse("--pretrained_weights", pretrained, "--image_size", 64)
     content = utils.load_checkpoint(pretrained)
     model, source = finetune.build_network(args, "teacher", content, 10)
-    torch.testing.assert_close(model.backbone.pos_embed.detach(), finetune.resize_positions(
+    torch.testing.assert_close(model.backbone.pos_embed.detach(), classifier.resize_positions(
         content["teacher"]["backbone.pos_embed"], 8))
     assert model.backbone.pos_embed.requires_grad and source.image_size == 64
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
@@ -254,7 +254,7 @@ def test_layers_of_the_projection_head(layers, pretrained):
     assert model.head.fc.in_features == {1: 40, 2: 40, 3: 24}[layers] and model.head.fc.weight.std() < 0.0125
     torch.testing.assert_close(model.eval()(images), x @ model.head.fc.weight.T + model.head.fc.bias, rtol=1e-4, atol=1e-6)
     assert all(p.requires_grad for p in model.parameters())
-    ids = {finetune.layer_id(name, [4]) for name, _ in model.named_parameters() if name.startswith("head")}
+    ids = {classifier.layer_id(name, [4]) for name, _ in model.named_parameters() if name.startswith("head")}
     assert ids == {5} and source.key == "teacher"
 
 
@@ -262,7 +262,7 @@ def test_layers_of_the_projection_head(layers, pretrained):
 def test_every_parameter_learns(words):
     torch.manual_seed(0)
     model, _ = finetune.build_network(parse("--init_scale", 1, "--drop_path", 0, *words), "random", {}, 10)
-    optimizer = torch.optim.AdamW(finetune.parameter_groups(model, 0.75, False), lr=0.0)
+    optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0)
     batch = (torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))
     losses = [finetune.train_step(iter([batch]), model, optimizer, None, 1e-3, 0.0)["loss"] for _ in range(3)]
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -278,7 +278,7 @@ def test_first_updates_equal_plain_adamw():
     theta = {name: p.detach().clone() for name, p in model.named_parameters()}
     mean = {name: torch.zeros_like(p) for name, p in theta.items()}
     square, ema = {name: torch.zeros_like(p) for name, p in theta.items()}, {name: p.clone() for name, p in theta.items()}
-    optimizer = torch.optim.AdamW(finetune.parameter_groups(model, 0.75, decay_positions=False), lr=0.0)
+    optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, decay_positions=False), lr=0.0)
     torch.manual_seed(3)
     for t, (lr, wd) in enumerate(((1e-2, 0.05), (5e-3, 0.1)), start=1):
         batches = [(torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(10, (4,))) for _ in range(2)]
@@ -296,7 +296,7 @@ def test_first_updates_equal_plain_adamw():
         assert norm > 0.5 and means["class_acc"] == (logits.argmax(1) == labels).float().mean()
         for name, p in theta.items():
             g = gradients[name] * 0.5 / (norm + 1e-6)
-            own = lr * 0.75 ** (5 - finetune.layer_id(name, [4]))
+            own = lr * 0.75 ** (5 - classifier.layer_id(name, [4]))
             plain = p.ndim == 1 or name.endswith("bias") or name in ("backbone.pos_embed", "backbone.cls_token")
             mean[name] = 0.9 * mean[name] + 0.1 * g
             square[name] = 0.999 * square[name] + 0.001 * g * g
@@ -311,7 +311,7 @@ def test_first_updates_equal_plain_adamw():
 
 def test_update_with_numbers_that_are_not_finite_is_not_made():
     model = nano()
-    optimizer = torch.optim.AdamW(finetune.parameter_groups(model, 1.0, False), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 1.0, False), lr=0.0, fused=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images = torch.randn(4, 3, 32, 32)
     means = finetune.train_step(iter([(images * math.inf, torch.zeros(4, dtype=torch.int64))]), model, optimizer, None, 1e-2, 0.1)
@@ -327,7 +327,7 @@ def test_mixed_precision(dtype):
     for amp_dtype in (None, dtype):
         model = nano()
         model.head.register_forward_hook(lambda m, given, out: seen.update(logits=out.dtype))
-        optimizer = torch.optim.AdamW(finetune.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
+        optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if amp_dtype is torch.float16 else None
         found[amp_dtype] = finetune.train_step(iter([batch]), model, optimizer, scaler, 1e-3, 0.0, amp_dtype=amp_dtype)
     assert seen["logits"] is dtype and found[dtype]["loss"].dtype is torch.float32 and model.head.weight.dtype is torch.float32
@@ -510,7 +510,7 @@ def test_validation_counts_every_image_once(digits):
 def three_steps(rank, world_size, accum_iter, folder):
     model = nano().double()
     network = utils.data_parallel(model, torch.device("cpu"), accum_iter) if world_size > 1 else model
-    optimizer = torch.optim.AdamW(finetune.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
@@ -641,7 +641,7 @@ def test_stopped_run_goes_on_bit_for_bit(fetch, whole, digits, tmp_path, at_fetc
 def test_saves_in_mid_epoch_and_finished_runs(whole, digits, tmp_path, monkeypatch, capsys):
     saved = []
     original = finetune.save
-    monkeypatch.setattr(finetune, "save", lambda *args: saved.append((args[1], args[-2]["step"])) or original(*args))
+    monkeypatch.setattr(finetune, "save", lambda *args: saved.append((args[1], args[3].progress["step"])) or original(*args))
     words = ["--data_path", digits, "--output_dir", tmp_path, *FULL]
     train(*words, "--save_every_steps", 3)
     assert saved == [(0, 3), (0, 6), (1, 2), (1, 5), (2, 0)] or saved == [(0, 3), (0, 6), (1, 0), (1, 2), (1, 5), (2, 0)]
@@ -649,6 +649,10 @@ def test_saves_in_mid_epoch_and_finished_runs(whole, digits, tmp_path, monkeypat
     before = (tmp_path / "results.json").read_text()
     found = train(*words, "--load_from", "auto")
     assert "nothing to do" in capsys.readouterr().out and (tmp_path / "results.json").read_text() == before
+    (tmp_path / "results.json").unlink()  # as if it had been killed before it could write the record
+    train(*words, "--load_from", "auto")
+    records = [json.loads(text)[0] for text in (before, (tmp_path / "results.json").read_text())]
+    assert all(records[0][name] == records[1][name] for name in ("protocol", "key", "settings", "metrics"))
     assert found["random"][2e-3][0]["best"] == utils.load_checkpoint(whole / "checkpoint.pth")["progress"]["best"]
 
 

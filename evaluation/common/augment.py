@@ -41,22 +41,22 @@ def _posterize(image, bits, **kwargs):
 
 
 def train_transform(size, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, interpolation="bicubic", erase_prob=0.25,
-                    erase_mode="pixel", erase_count=1):
+                    erase_mode="pixel", erase_count=1, flip_prob=0.5):
     """PIL RGB image -> normalised float32 [3, size, size], by timm's recipe (section 1.8 of the protocols).
 
     A random crop, a flip, `auto_augment` (None: the colour jitter, which timm leaves out otherwise), random erasing. Images
-    of up to 32 pixels are cut out of a border of 4 instead, as usual for CIFAR.
+    of up to 32 pixels are moved by up to an eighth of their side instead of being scaled: 4 of 32, as usual for CIFAR.
     """
     transform = create_transform(
         size, is_training=True, auto_augment=auto_augment, color_jitter=color_jitter, interpolation=interpolation,
-        re_prob=erase_prob, re_mode=erase_mode, re_count=erase_count, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        re_prob=erase_prob, re_mode=erase_mode, re_count=erase_count, hflip=flip_prob, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     for part in transform.transforms:
         for op in [*getattr(part, "ops", []), *(op for policy in getattr(part, "policy", []) for op in policy)]:
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
     if size <= SMALL:
         transform.transforms[0] = v2.Compose([v2.Resize(size, v2.InterpolationMode(interpolation)),
-                                              v2.RandomCrop(size, padding=4)])
+                                              v2.RandomCrop(size, padding=size // 8)])
     return transform
 
 

@@ -7,14 +7,12 @@ Letters: B images per process and batch, C classes, D width of the backbone, L b
 """
 import argparse
 import copy
-import json
 import math
 import os
 import shutil
-import sys
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,16 +30,14 @@ import models
 import utils
 from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from
 from evaluation.common.augment import AugmentedSet, UpdateBatches, train_transform, val_transform
-from evaluation.common.backbone import load_evaluated_backbone, read_weights
-from evaluation.common.clustering import load_projection_head
-from evaluation.common.data import image_sets
+from evaluation.common.backbone import EvaluatedBackbone, read_weights
+from evaluation.common.classifier import blocks_of, build_network, layer_table, parameter_groups
 from evaluation.common.features import sharded_loader
+from evaluation.common.protocol import read_sets, start_process
 from evaluation.common.results import append_result, read_results, results_folder, shared_settings
 
-CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 RECORDED = ("epochs", "layer_decay", "finetune_head_layer", "warmup_epochs", "min_lr", "weight_decay", "clip_grad", "aa",
-            "reprob", "mixup", "cutmix", "smoothing", "repeated_aug", "seed")  # flags that tell results from others
-SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
+            "hflip", "reprob", "mixup", "cutmix", "smoothing", "repeated_aug", "seed")  # flags that set results apart
 
 
 @dataclass(frozen=True)
@@ -132,6 +127,7 @@ def finetune_parser(description):
     augment.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of a policy, or none",
                          type=lambda text: None if text.lower() == "none" else text)
     augment.add_argument("--color_jitter", type=float, default=0.4, help="only without --aa")
+    augment.add_argument("--hflip", type=float, default=0.5, help="probability of a flip; 0 for digits and the like")
     augment.add_argument("--train_interpolation", choices=("bicubic", "bilinear"), default="bicubic")
     augment.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     augment.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel")
@@ -159,14 +155,14 @@ def finetune_parser(description):
                             **switch)
 
     files = parser.add_argument_group("files")
-    files.add_argument("--load_from", help=f"resume from this file of the output folder, e.g. {CHECKPOINT}; auto: from the "
-                                           "newest good one, or a fresh start where there is none")
+    files.add_argument("--load_from", help=f"resume from this file of the output folder, e.g. {utils.CHECKPOINT}; auto: "
+                                           "from the newest good one, or a fresh start where there is none")
     files.add_argument("--overwrite", default=False, **switch,
                        help="start over in a folder that holds a run; with --load_from auto only if that was another one")
     files.add_argument("--save_ckpt_freq", type=float, default=0,
                        help="also keep checkpoint-EPOCH.pth every so many percent of the epochs; 0: never")
     files.add_argument("--save_every_steps", type=int_from(0), default=0,
-                       help=f"also save {CHECKPOINT} every so many updates; 0: never")
+                       help=f"also save {utils.CHECKPOINT} every so many updates; 0: never")
     files.add_argument("--save_every_minutes", type=float, default=0.0, help="the same by the clock")
     files.add_argument("--on_save_error", default="continue", choices=("continue", "stop"),
                        help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
@@ -202,7 +198,7 @@ def check_args(args):
                  "color_jitter", "save_ckpt_freq", "save_every_minutes", "max_bad_images"):
         value = getattr(args, name)
         need(value is None or 0 <= value < math.inf, f"--{name} must not be negative: {value}")
-    for name in ("reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
+    for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
         need(0 <= getattr(args, name) <= 1, f"--{name} must lie in 0..1: {getattr(args, name)}")
     for name in ("drop_path", "drop", "attn_drop_rate", "smoothing"):
         value = getattr(args, name)
@@ -221,163 +217,7 @@ def is_mixing(args):
     return bool((args.mixup or args.cutmix or args.cutmix_minmax) and args.mixup_prob)
 
 
-# ---------------------------------------------------------------- network
-
-class Classifier(nn.Module):
-    """A backbone and a head on its [CLS] token (Swin: mean token), or with `mean_pooling` on its mean patch token."""
-
-    def __init__(self, backbone, head, mean_pooling=False):
-        super().__init__()
-        self.backbone, self.head, self.fc_norm = backbone, head, None
-        if mean_pooling:
-            self.fc_norm = nn.LayerNorm(backbone.embed_dim, eps=1e-6)
-            backbone.norm = nn.Identity()
-
-    def forward(self, images):
-        """Images [B, 3, H, W] to logits [B, C]."""
-        if self.fc_norm is None:
-            return self.head(self.backbone(images))
-        return self.head(self.fc_norm(self.backbone(images, return_all_tokens=True)[:, 1:].mean(dim=1)))
-
-
-class ProjectionClassifier(nn.Module):
-    """The first `layers` layers of a pre-trained projection head (3: all of it) below a new classifier (iBOT, Table 12)."""
-
-    def __init__(self, projection, layers, num_classes):
-        super().__init__()
-        linear = [i for i, part in enumerate(projection.mlp) if isinstance(part, nn.Linear)]
-        kept = list(projection.mlp)[:linear[layers] if layers < len(linear) else None]
-        width = projection.mlp[linear[layers - 1]].out_features
-        self.mlp, self.last_layer = nn.Sequential(*kept), None
-        if layers == len(linear):
-            self.last_layer = projection.last_layer
-            width = len(projection.last_layer.weight_v)
-        self.fc = nn.Linear(width, num_classes)
-
-    def forward(self, x):
-        """[B, D] to logits [B, C]."""
-        x = self.mlp(x)
-        if self.last_layer is not None:
-            x = self.last_layer(F.normalize(models.at_least_float32(x), dim=-1))
-        return self.fc(x)
-
-
-def build_network(args, key, checkpoint, num_classes):
-    """(`Classifier`, the `EvaluatedBackbone` it was made of), on the CPU, for the entry `key` of a checkpoint's content.
-
-    The position embedding is resampled for `--image_size` once, to its number of cells. Raises `utils.InputError` as
-    `load_evaluated_backbone`, and for heads and poolings that the network does not have.
-    """
-    source = load_evaluated_backbone(args.pretrained_weights, key, args.arch, args.patch_size, args.window_size,
-                                     args.image_size, checkpoint)
-    backbone = source.model.train().requires_grad_(True)
-    is_swin = source.arch.startswith("swin")
-    if is_swin and args.avgpool_patchtokens:
-        raise utils.InputError(f"--avgpool_patchtokens {args.avgpool_patchtokens}: a Swin has mode 0 only")
-    if not is_swin:
-        cells = source.image_size // source.patch_size
-        backbone.pos_embed = nn.Parameter(resize_positions(backbone.pos_embed.detach(), cells))
-    set_dropout(backbone, args.drop_path if args.drop_path is not None or is_swin else 0.1, args.drop, args.attn_drop_rate)
-
-    if args.finetune_head_layer:
-        projection = load_projection_head(checkpoint, key, args.pretrained_weights).train().requires_grad_(True)
-        head = ProjectionClassifier(projection, args.finetune_head_layer, num_classes)
-        new = head.fc
-    else:
-        head = new = nn.Linear(backbone.embed_dim, num_classes)
-    nn.init.trunc_normal_(new.weight, std=0.02)
-    nn.init.zeros_(new.bias)
-    with torch.no_grad():
-        new.weight.mul_(args.init_scale)
-    return Classifier(backbone, head, mean_pooling=args.avgpool_patchtokens == 1), source
-
-
-def resize_positions(pos_embed, cells):
-    """Position embedding [1, 1 + n*n, D] for `cells` x `cells` patches: bicubic to that size, the [CLS] entry as it is.
-
-    Unlike `models.vision_transformer.resample_positions`, which evaluations of frozen weights need, by the target size.
-    """
-    n = math.isqrt(pos_embed.shape[1] - 1)
-    if n == cells:
-        return pos_embed
-    grid = pos_embed[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)  # [1, D, n, n]
-    grid = F.interpolate(grid, size=(cells, cells), mode="bicubic", align_corners=False)
-    return torch.cat((pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
-
-
-def blocks_of(backbone):
-    """The blocks of each stage, from the input on; a ViT is one stage."""
-    return [list(stage.blocks) for stage in backbone.layers] if hasattr(backbone, "layers") else [list(backbone.blocks)]
-
-
-def set_dropout(backbone, drop_path, drop, attn_drop):
-    """Stochastic depth rising linearly from 0 at the first block to `drop_path` (None: as it is), and dropout."""
-    blocks = [block for stage in blocks_of(backbone) for block in stage]
-    for i, block in enumerate(blocks):
-        if drop_path is not None:
-            rate = drop_path * (i / max(len(blocks) - 1, 1))
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-        block.attn.attn_drop.p = attn_drop
-        block.attn.proj_drop.p = block.mlp.drop1.p = block.mlp.drop2.p = drop
-
-
-# ---------------------------------------------------------------- parameter groups and schedules
-
-def layer_id(name, depths):
-    """Place of a parameter in the network: 0 for the embeddings, i + 1 for block i, L + 1 for norms and heads.
-
-    `name` is that in `Classifier`; depths: blocks of each stage. The patch merging after a stage of a Swin counts as part
-    of its last block.
-    """
-    name = name.removeprefix("backbone.")
-    words = name.split(".")
-    if words[0] in ("cls_token", "pos_embed", "patch_embed", "masked_embed"):
-        return 0
-    if words[0] == "blocks":
-        return int(words[1]) + 1
-    if words[0] == "layers":
-        stage = int(words[1])
-        return sum(depths[:stage]) + (int(words[3]) + 1 if words[2] == "blocks" else depths[stage])
-    return sum(depths) + 1
-
-
-def is_decayed(name, parameter, decay_positions):
-    """Whether weight decay applies: not to vectors, biases and, unless `decay_positions`, to positions and [CLS] token."""
-    name = name.removeprefix("backbone.")
-    return not (parameter.ndim == 1 or name.endswith(".bias")
-                or not decay_positions and name in ("pos_embed", "cls_token"))
-
-
-def parameter_groups(model, layer_decay, decay_positions):
-    """AdamW's groups of a `Classifier`: parameters whose rate and decay are the same, from the input on.
-
-    Each has "lr_scale", layer_decay^(L + 1 - layer id), and "decayed"; the rate and the decay are set at each step.
-    """
-    depths = [len(stage) for stage in blocks_of(model.backbone)]
-    groups = {}
-    for name, parameter in model.named_parameters():
-        scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
-        decayed = is_decayed(name, parameter, decay_positions)
-        group = groups.setdefault((scale, decayed), {"params": [], "lr_scale": scale, "decayed": decayed})
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
-
-
-def layer_table(model, layer_decay, decay_positions):
-    """Text that shows of each layer id the factor of its rate, and its decayed and other parameters."""
-    depths = [len(stage) for stage in blocks_of(model.backbone)]
-    top = sum(depths) + 1
-    rows = {i: ([], []) for i in range(top + 1)}
-    for name, parameter in model.named_parameters():
-        plain = not is_decayed(name, parameter, decay_positions)
-        rows[layer_id(name, depths)][plain].append(name.removeprefix("backbone."))
-    lines = ["layer  rate x   decayed  not  parameters"]
-    for i, (decayed, plain) in rows.items():
-        shown = sorted({".".join(name.split(".")[:4 if name.startswith("layers") else 2]) for name in decayed + plain})
-        lines.append(f"{i:>5}  {layer_decay ** (top - i):<8.5f} {len(decayed):>6} {len(plain):>4}  "
-                     + ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else ""))
-    return "\n".join(lines)
-
+# ---------------------------------------------------------------- schedules
 
 def epoch_schedule(lr, min_lr, epochs, warmup_epochs, warmup_lr):
     """Rate of every epoch as DeiT had it, float64 [epochs]: an epoch late, and a cosine that begins under the warm-up."""
@@ -508,6 +348,25 @@ def validate(network, batches, n, process, amp_dtype=None):
 
 # ---------------------------------------------------------------- files
 
+@dataclass
+class Training:
+    """What a checkpoint holds. `source`: what the model was made of; `average`: its moving average, or None."""
+    source: EvaluatedBackbone
+    model: nn.Module
+    average: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    progress: dict = field(default_factory=lambda: new_progress())
+
+
+def new_progress():
+    """What a checkpoint holds of the running epoch: updates made, sums and counts of the meters, updates dropped in a row;
+    and of the run: names of bad images, images of an update, hash of the pre-trained weights, the best validation and the
+    last one."""
+    return {"step": 0, "totals": {}, "counts": {}, "dropped": 0, "bad": [], "total_batch": 0, "weights": "", "best": {},
+            "last": {}}
+
+
 def network_state(model):
     """The weights of a `Classifier` with the names of the backbone alone, and `head.`: what timm's ViT reads too."""
     return utils.without_prefix(model.state_dict(), "backbone.")
@@ -523,7 +382,7 @@ def load_network(model, state, path):
 def checkpoint_files(folder, best_file):
     """Checkpoints of a run, newest first; the best one last."""
     numbered = sorted(folder.glob("checkpoint-[0-9]*.pth"), key=lambda path: (len(path.name), path.name), reverse=True)
-    found = [folder / CHECKPOINT, folder / PREVIOUS, *numbered, folder / best_file]
+    found = [folder / utils.CHECKPOINT, folder / utils.PREVIOUS, *numbered, folder / best_file]
     return [path for path in found if path.exists()]
 
 
@@ -531,36 +390,6 @@ def run_files(folder, best_file):
     """What a run writes into its folder, as far as it is there."""
     others = (folder / name for name in ("log.txt", "tf_logs", loader.BAD_IMAGES))
     return checkpoint_files(folder, best_file) + [path for path in others if path.exists()]
-
-
-def check_folder(folder, args, best_file):
-    """Raise `utils.InputError` when `folder` cannot take this run, or its checkpoint is not there."""
-    if folder.exists() and not folder.is_dir():
-        raise utils.InputError(f"--output_dir {folder} is a file")
-    if args.load_from and args.load_from != "auto":
-        if args.overwrite:
-            raise utils.InputError("--load_from resumes and --overwrite true starts over: give one of them")
-        if not (folder / args.load_from).is_file():
-            raise utils.InputError(f"--load_from: {folder / args.load_from} does not exist")
-    held = run_files(folder, best_file)
-    if held and not args.load_from and not args.overwrite:
-        raise utils.InputError(f"--output_dir {folder} already holds a run ({', '.join(p.name for p in held[:3])}): resume "
-                               "with --load_from auto, start over with --overwrite true, or choose another folder")
-
-
-def start_folder(folder, best_file, epoch):
-    """Make the folder and remove what a killed run left half written; without `epoch` all of an earlier run, with it what
-    `log.txt` says of that epoch and later ones."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise utils.InputError(f"--output_dir {folder}: {error.strerror}") from error
-    for path in [*folder.glob(".checkpoint*.tmp*"), *([] if epoch is not None else run_files(folder, best_file))]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    log = folder / "log.txt"
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["epoch"] < epoch))
 
 
 def read_checkpoint(path):
@@ -585,38 +414,74 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def new_progress():
-    """What a checkpoint holds of the running epoch: updates made, sums and counts of the meters, updates dropped in a row;
-    and of the run: names of bad images, images of an update, hash of the pre-trained weights, the best validation and the
-    last one."""
-    return {"step": 0, "totals": {}, "counts": {}, "dropped": 0, "bad": [], "total_batch": 0, "weights": "", "best": {},
-            "last": {}}
+class OtherTask(utils.InputError):
+    """A checkpoint is of other weights or another task, or finished with other settings: its result must not pass for
+    that of these."""
 
 
-def save(folder, epoch, args, source, model, average, optimizer, scaler, progress, names):
+def notes_of_resume(path, checkpoint, args, weights_hash):
+    """Lines that say what is resumed, and what is not as it was. Raises `OtherTask`."""
+    advice = "choose another --output_dir, or start over with --overwrite true"
+    if checkpoint["progress"]["weights"] != weights_hash:
+        raise OtherTask(f"checkpoint {path}: its run began with other weights than {args.pretrained_weights}; {advice}")
+    task = {"dataset", "train_subset", "subset_seed", "finetune_head_layer", "avgpool_patchtokens"}
+    free = utils.FREE_FLAGS | {"results_dir", "save_ckpt_freq", "on_nonfinite", "eval", "download", "arch", "patch_size",
+                               "window_size", "pretrained_weights", "data_path"}
+    changed = utils.changed_flags(vars(args), checkpoint, free)
+    for name in changed:
+        if name in task or checkpoint["epoch"] >= args.epochs:
+            then = utils.printable(getattr(checkpoint["args"], name))
+            raise OtherTask(f"checkpoint {path}: its run had --{name} {then}; {advice}")
+    return [f"resumed from {path}", *changed.values()]
+
+
+def resume(args, folder, best_file, training):
+    """Go on from the checkpoint that `--load_from` means. Returns (its path or None, the epoch to run (on), notes)."""
+    path, checkpoint = None, None
+    if args.load_from == "auto":
+        path, checkpoint = utils.find_checkpoint(checkpoint_files(folder, best_file), read_checkpoint)
+    elif args.load_from:
+        path = folder / args.load_from
+        checkpoint = read_checkpoint(path)
+    if path is None:
+        return None, 0, []
+    try:
+        notes = notes_of_resume(path, checkpoint, args, training.source.weights_hash)
+    except OtherTask as error:
+        if not args.overwrite:
+            raise
+        return None, 0, [f"starting over: {error}"]
+    load_network(training.model, checkpoint["model"], path)
+    if training.average is not None:
+        load_network(training.average, checkpoint.get("model_ema", checkpoint["model"]), path)
+    utils.load_optimizer(training.optimizer, checkpoint["optimizer"], path)
+    if training.scaler is not None and "scaler" in checkpoint:
+        utils.load_scaler(training.scaler, checkpoint["scaler"], path)
+    training.progress = checkpoint["progress"]
+    return path, checkpoint["epoch"], notes
+
+
+def save(folder, epoch, args, training, names=()):
     """Write `checkpoint.pth`, from which `epoch` is to run (on), and the same as `names`. Returns whether that worked."""
-    if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
-        raise FloatingPointError(f"a weight became non-finite in epoch {epoch}; the last checkpoint is intact")
+    average, source = training.average, training.source
+    utils.check_finite([training.model] + [average] * (average is not None), epoch)
     # With what the evaluations of frozen weights look for.
     known = {"arch": source.arch, "patch_size": source.patch_size, "window_size": source.window_size,
              "global_crops_size": source.image_size}
-    state = {"model": network_state(model), "optimizer": optimizer.state_dict(), "epoch": epoch,
-             "args": argparse.Namespace(**vars(args) | known), "progress": progress}
+    state = {"model": network_state(training.model), "optimizer": training.optimizer.state_dict(), "epoch": epoch,
+             "args": argparse.Namespace(**vars(args) | known), "progress": training.progress}
     if average is not None:
         state["model_ema"] = network_state(average)
-    if scaler is not None:
-        state["scaler"] = scaler.state_dict()
-    path = folder / CHECKPOINT
+    if training.scaler is not None:
+        state["scaler"] = training.scaler.state_dict()
+    path = folder / utils.CHECKPOINT
     try:
-        utils.save_atomically(state, path, previous=folder / PREVIOUS)
+        utils.save_atomically(state, path, previous=folder / utils.PREVIOUS)
         for name in names:
             path = folder / name
-            copy_file(folder / CHECKPOINT, path)
+            copy_file(folder / utils.CHECKPOINT, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        message = f"{path} could not be written ({utils.one_line(error)}); the checkpoints before it are intact"
-        if args.on_save_error == "stop":
-            raise utils.InputError(message) from error
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        utils.not_saved(path, error, args.on_save_error)
         return False
     return True
 
@@ -635,59 +500,14 @@ def copy_file(path, other):
         temporary.unlink(missing_ok=True)
 
 
-def restore(path, checkpoint, model, average, optimizer, scaler):
-    """Load network, moving average, optimiser and scaler from a `read_checkpoint`."""
-    load_network(model, checkpoint["model"], path)
-    if average is not None:
-        load_network(average, checkpoint.get("model_ema", checkpoint["model"]), path)
-    utils.load_optimizer(optimizer, checkpoint["optimizer"], path)
-    if scaler is not None and "scaler" in checkpoint:
-        utils.load_scaler(scaler, checkpoint["scaler"], path)
-
-
-def write_log(folder, line):
-    """Add a line to `log.txt`. A full disk is a warning."""
-    line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
-    try:
-        with open(folder / "log.txt", "a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        utils.say_once(f"warning: {folder / 'log.txt'} cannot be written ({error.strerror})")
-
-
-class OtherTask(utils.InputError):
-    """A checkpoint is of other weights or another task, or finished with other settings: its result must not pass for
-    that of these."""
-
-
-def notes_of_resume(path, checkpoint, args, rate, weights_hash):
-    """Lines that say what is resumed, and what is not as it was. Raises `OtherTask`."""
-    advice = "choose another --output_dir, or start over with --overwrite true"
-    if checkpoint["progress"]["weights"] != weights_hash:
-        raise OtherTask(f"checkpoint {path}: its run began with other weights than {args.pretrained_weights}; {advice}")
-    task = {"dataset", "train_subset", "subset_seed", "finetune_head_layer", "avgpool_patchtokens"}
-    free = {"output_dir", "results_dir", "load_from", "overwrite", "num_workers", "print_freq", "device", "dist_url",
-            "local_rank", "save_ckpt_freq", "save_every_steps", "save_every_minutes", "on_save_error", "on_bad_image",
-            "max_bad_images", "on_nonfinite", "eval", "download", "arch", "patch_size", "window_size", "pretrained_weights",
-            "data_path"}
-    then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
-    differ = [name for name, value in (vars(args) | {"lr": rate}).items()
-              if name not in free and name in then and repr(then[name]) != repr(value)]
-    for name in differ:
-        if name in task or checkpoint["epoch"] >= args.epochs:
-            raise OtherTask(f"checkpoint {path}: its run had --{name} {utils.printable(then[name])}; {advice}")
-    return [f"resumed from {path}"] + [
-        f"note: --{name} is {rate if name == 'lr' else getattr(args, name)}, the checkpoint's run had "
-        f"{utils.printable(then[name])}" for name in differ]
-
-
 # ---------------------------------------------------------------- runs
 
 def finetune(args, protocol):
     """Fine-tune, for every key and rate of `args` (of `finetune_parser`); `args` is only read.
 
-    Returns {key: {rate: {"best", "last"}}}, records of validations. Raises `utils.InputError`, FloatingPointError for
-    numbers that are not finite, and `utils.Preempted` when SIGTERM or SIGUSR1 came and the run is saved.
+    Returns {key: {rate: ({"best", "last"}, settings)}}: validations and what they are recorded with. Raises
+    `utils.InputError`, FloatingPointError for numbers that are not finite, and `utils.Preempted` when SIGTERM or SIGUSR1
+    came and the run is saved.
     """
     rates = check_args(args)
     with ExitStack() as at_end:
@@ -697,144 +517,150 @@ def finetune(args, protocol):
 
 
 def run_all(args, protocol, rates, signals, at_end):
-    process = utils.init_process(args.device, args.dist_url)
+    process = start_process(args)
     main = process.rank == 0
     keys = checkpoint_keys(args.pretrained_weights, args.checkpoint_key)
     runs = {(key, rate): Path(args.output_dir) / (key if len(keys) > 1 else "") / (
         f"lr_{rate:g}" if len(rates) > 1 else "") for key in keys for rate in rates}
-    if args.load_from not in (None, "auto") and len(runs) > 1:
-        raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key and one --lr, not {len(runs)} "
-                               "runs")
+    if args.load_from not in (None, "auto") and (len(runs) > 1 or args.overwrite):
+        raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key and one --lr, and no --overwrite")
     for (key, _), folder in runs.items():
-        if args.eval:
-            break
-        check_folder(folder, args, protocol.best_file.replace("KEY", key))
-    if main:
-        print(utils.describe_run(args, process), flush=True)
+        held = run_files(folder, protocol.best_file.replace("KEY", key))
+        utils.check_output(folder, args.load_from, args.overwrite or args.eval, held)
     read_results(results_folder(args))  # a damaged one, or a wrong key, is not found hours later
     checkpoint = read_weights(args.pretrained_weights)
-    sets = image_sets(args.dataset, args.data_path, train_subset=args.train_subset, subset_seed=args.subset_seed,
-                      download=args.download)
+    sets = read_sets(args)
     for key in keys:
         build_network(args, key, checkpoint, len(sets[0].classes))
     if process.world_size > 1:
         torch.distributed.barrier()  # nobody may write before all have looked
 
-    found, trained = {key: {} for key in keys}, set()
+    found = {key: {} for key in keys}
     for (key, rate), folder in runs.items():
         if main and len(runs) > 1:
             print(f"\n==== {key}, lr {rate:g}: {folder}", flush=True)
-        found[key][rate], is_new = run_one(args, protocol, key, rate, folder, checkpoint, sets, process, signals,
-                                          at_end)
-        trained |= {key} if is_new else set()
-    for key in keys if main and not args.eval else ():
-        if len(rates) > 1:
-            report_sweep(args, protocol, key, found[key], key in trained)
+        # A sweep's own record is that of its best rate.
+        own = argparse.Namespace(**vars(args) | {"lr": rate, "results_dir": str(folder)} if len(rates) > 1 else
+                                 vars(args) | {"lr": rate})
+        found[key][rate] = run_one(own, protocol, key, folder, checkpoint, sets, process, signals, at_end)
+    for key in keys if main and len(rates) > 1 and not args.eval else ():
+        report_sweep(args, protocol, key, found[key])
     return found
 
 
-def report_sweep(args, protocol, key, found, record):
-    """Print the best of several rates, and write it into results.json if `record`."""
+def record(args, protocol, key, settings, metrics):
+    """`append_result`, unless it is there: a finished run may be started again, or have been killed as it ended."""
+    new = {"protocol": protocol.name, "key": key, "settings": settings, "metrics": metrics}
+    folder = results_folder(args)
+    if not any(all(old.get(name) == value for name, value in new.items()) for old in read_results(folder)):
+        append_result(folder, protocol.name, args.pretrained_weights, key, settings, metrics)
+
+
+def report_sweep(args, protocol, key, found):
+    """Print the best of several rates, and write it into results.json."""
     best = max(found, key=lambda rate: found[rate][0]["best"]["top1"])
     print(f"\n{key}: best of {len(found)} rates")
-    for rate, (records, _) in found.items():
-        print(f"  lr {rate:<8g} best {described(records['best'])}; last {described(records['last'])}"
+    for rate, (validations, _) in found.items():
+        print(f"  lr {rate:<8g} best {described(validations['best'])}; last {described(validations['last'])}"
               + "  <- best" * (rate == best))
     print(end="", flush=True)
-    if record:
-        records, settings = found[best]
-        append_result(results_folder(args), protocol.name, args.pretrained_weights, key,
-                      settings | {"swept": list(found)}, records)
+    validations, settings = found[best]
+    record(args, protocol, key, settings | {"swept": list(found)}, validations)
 
 
-def described(record):
-    top5 = f", top-5 {record['top5']:.2f} %" if "top5" in record else ""
-    return f"top-1 {record['top1']:.2f} %{top5} (epoch {record['epoch']})"
+def as_record(result, epoch):
+    """A result of `validate` as it is recorded."""
+    top5 = {"top5": result["acc5"]} if "acc5" in result else {}
+    return {"top1": result["acc1"], **top5, "loss": result["loss"], "epoch": epoch}
 
 
-def run_one(args, protocol, key, rate, folder, content, sets, process, signals, at_end):
-    """Fine-tune one network. Returns (({"best", "last"} validations, settings of the record), whether it trained)."""
-    device, main = process.device, process.rank == 0
-    train, val = sets
-    num_classes = len(train.classes)
-    best_file = protocol.best_file.replace("KEY", key)
+def described(validation):
+    top5 = f", top-5 {validation['top5']:.2f} %" if "top5" in validation else ""
+    return f"top-1 {validation['top1']:.2f} %{top5} (epoch {validation['epoch']})"
+
+
+def build_training(args, key, content, num_classes, amp_dtype, device):
+    """The `Training` of a checkpoint's entry, at its beginning."""
     utils.fix_random_seeds(args.seed)  # the same first weights of the head in all processes
-
-    # ============ network ============
     model, source = build_network(args, key, content, num_classes)
     model = model.to(device)
+    return Training(
+        source, model, copy.deepcopy(model).requires_grad_(False).eval() if args.model_ema else None,
+        torch.optim.AdamW(parameter_groups(model, args.layer_decay, args.decay_positions), lr=0.0,
+                          fused=device.type in ("cuda", "cpu")),
+        torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
+        new_progress() | {"weights": source.weights_hash})
+
+
+def build_loaders(args, sets, source, process):
+    """DataLoaders of the training images, by updates (`AugmentedSet`, `UpdateBatches`), and of the validation images."""
+    train, val = sets
+    common = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0,
+              "worker_init_fn": utils.ignore_signals}
+    dataset = AugmentedSet(train, train_transform(
+        source.image_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount,
+        args.hflip), args.seed, args.on_bad_image)
+    batches = UpdateBatches(len(train), args.batch_size_per_gpu, args.accum_iter, process, args.seed, args.repeated_aug)
+    if not batches.steps and not args.eval:
+        total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
+        raise utils.InputError(f"{train.name}: {len(train)} images are fewer than one batch of {total_batch}; lower "
+                               f"--batch_size_per_gpu{' or --accum_iter' * (args.accum_iter > 1)}")
+    transform = val_transform(source.image_size, args.crop_pct, args.val_interpolation)
+    return (DataLoader(dataset, batch_sampler=batches, pin_memory=process.device.type == "cuda",
+                       generator=torch.Generator(), **common),
+            sharded_loader(val.with_transform(transform), max(1, args.batch_size_per_gpu * 3 // 2), process=process,
+                           **common))
+
+
+def run_one(args, protocol, key, folder, content, sets, process, signals, at_end):
+    """Fine-tune one network at the rate `args.lr`. Returns {"best", "last"}, its validations, and their settings."""
+    device, main = process.device, process.rank == 0
+    best_file = protocol.best_file.replace("KEY", key)
+
+    # ============ network, data, schedules ============
     amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    val_loader = sharded_loader(val.with_transform(val_transform(source.image_size, args.crop_pct, args.val_interpolation)),
-                                max(1, args.batch_size_per_gpu * 3 // 2), args.num_workers, process,
-                                persistent_workers=args.num_workers > 0, worker_init_fn=utils.ignore_signals)
+    training = build_training(args, key, content, len(sets[0].classes), amp_dtype, device)
+    model = training.model
+    train_loader, val_loader = build_loaders(args, sets, training.source, process)
     if args.eval:
         path = folder / (args.load_from if args.load_from not in (None, "auto") else best_file)
         load_network(model, utils.load_checkpoint(path).get("model"), path)
-        result = validate(model, val_loader, len(val), process, amp_dtype)
+        result = validate(model, val_loader, len(sets[1]), process, amp_dtype)
         if main:
             print(f"{path}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
-        return ({"best": as_record(result, None), "last": as_record(result, None)}, {}), False
-    average = copy.deepcopy(model).requires_grad_(False).eval() if args.model_ema else None
-    ema = None if average is None else ema_pairs(model, average)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.layer_decay, args.decay_positions), lr=0.0,
-                                  fused=device.type in ("cuda", "cpu"))
-    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    network = utils.data_parallel(model, device, args.accum_iter) if process.world_size > 1 else model
-
-    # ============ data and schedules ============
-    dataset = AugmentedSet(train, train_transform(
-        source.image_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount),
-        args.seed, args.on_bad_image)
-    batch_sampler = UpdateBatches(len(train), args.batch_size_per_gpu, args.accum_iter, process, args.seed,
-                                  args.repeated_aug)
-    steps, total_batch = batch_sampler.steps, args.batch_size_per_gpu * process.world_size * args.accum_iter
-    if not steps:
-        raise utils.InputError(f"{train.name}: {len(train)} images are fewer than one batch of {total_batch}; lower "
-                               f"--batch_size_per_gpu{' or --accum_iter' * (args.accum_iter > 1)}")
-    data_loader = DataLoader(dataset, batch_sampler=batch_sampler, num_workers=args.num_workers,
-                             pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
-                             worker_init_fn=utils.ignore_signals, generator=torch.Generator())
-    schedules, notes = build_schedules(args, rate, steps, total_batch)
-    mixing = build_mixing(args, num_classes)
+        return {"best": as_record(result, None), "last": as_record(result, None)}, {}
+    steps, total_batch = train_loader.batch_sampler.steps, args.batch_size_per_gpu * process.world_size * args.accum_iter
+    schedules, notes = build_schedules(args, args.lr, steps, total_batch)
 
     # ============ resume ============
-    first_epoch, progress = 0, new_progress() | {"weights": source.weights_hash}
-    path, checkpoint = find_checkpoint(folder, args.load_from, best_file) if args.load_from else (None, None)
-    if path:
-        try:
-            notes += notes_of_resume(path, checkpoint, args, rate, source.weights_hash)
-        except OtherTask as error:
-            if not args.overwrite:
-                raise
-            notes.append(f"starting over: {error}")
-            path = None
-    if path:
-        restore(path, checkpoint, model, average, optimizer, scaler)
-        first_epoch, progress = checkpoint["epoch"], checkpoint["progress"]
-        images = progress["step"] * progress["total_batch"]  # of the running epoch
-        progress["step"] = min(images // total_batch, steps)
-    del checkpoint
-    progress["total_batch"] = total_batch
+    path, first_epoch, more = resume(args, folder, best_file, training)
+    notes += more
+    progress = training.progress
+    progress["step"] = min(progress["step"] * progress["total_batch"] // total_batch, steps)
+    if first_epoch < args.epochs:  # a finished run stays what it was
+        progress["total_batch"] = total_batch
     started = first_epoch * steps + progress["step"]
-    if utils.host_reduce(started) != -utils.host_reduce(-started):
-        raise utils.InputError(f"--load_from {args.load_from}: the processes found different checkpoints; all nodes must "
-                               f"see the same {folder}")
-    settings = shared_settings(args, source, train, val) | {"lr": rate, "total_batch": total_batch} | {
+    utils.check_same_start(started, args.load_from, folder)
+    settings = shared_settings(args, training.source, *sets) | {"lr": args.lr, "total_batch": progress["total_batch"]} | {
         name: getattr(args, name) for name in RECORDED} | {
         "drop_path": getattr(blocks_of(model.backbone)[-1][-1].drop_path1, "drop_prob", 0.0)}
     if first_epoch >= args.epochs:
+        validations = {name: progress[name] for name in ("best", "last")}
         if main:
             print(f"nothing to do: {path} has finished {first_epoch} epochs; best {described(progress['best'])}",
                   flush=True)
-        return ({"best": progress["best"], "last": progress["last"]}, settings), False
+            record(args, protocol, key, settings, validations)
+        return validations, settings
 
     writer = None
     if main:
-        start_folder(folder, best_file, first_epoch if path else None)
+        if args.load_from == "auto" and path == folder / utils.PREVIOUS:
+            path = path.replace(folder / utils.CHECKPOINT)  # which is damaged: the next save is not to keep that one
+        utils.start_output(folder, first_epoch if path else None, run_files(folder, best_file))
         writer = SummaryWriter(folder / "tf_logs", purge_step=started or None)
         at_end.callback(utils.close_writer, writer)
-        print(f"data: {len(train)} training and {len(val)} validation images of {num_classes} classes, {steps} steps an "
-              f"epoch, {args.num_workers} loader processes")
+        print(f"data: {len(sets[0])} training and {len(sets[1])} validation images of {len(sets[0].classes)} classes, "
+              f"{steps} steps an epoch, {args.num_workers} loader processes")
         print(f"network: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; precision: "
               f"{amp_dtype or torch.float32}; total batch: {total_batch}; peak learning rate: {schedules['lr'].max():.6g}")
         if args.layer_decay < 1:
@@ -843,19 +669,33 @@ def run_one(args, protocol, key, rate, folder, content, sets, process, signals, 
         print("\n".join(notes + [where]), flush=True)
 
     # ============ training ============
-    start_time, saved_at, bad_before = time.time(), time.monotonic(), set(progress["bad"])
-    check_images = partial(loader.check_images, dataset, bad_before, args.max_bad_images, folder, device)
+    start_time = time.time()
+    train_all(args, protocol, folder, best_file, training, first_epoch, train_loader, val_loader, schedules, signals,
+              writer, amp_dtype, process)
+    validations = {name: progress[name] for name in ("best", "last")}
+    if main:
+        print(f"training time {utils.eta_string(time.time() - start_time)}; {key}, lr {args.lr:g}: best "
+              f"{described(progress['best'])}, last {described(progress['last'])}; {folder / best_file}", flush=True)
+        record(args, protocol, key, settings, validations)
+    return validations, settings
 
-    def wanted():
-        due = main and args.save_every_minutes and time.monotonic() - saved_at > 60 * args.save_every_minutes
-        return STOP if signals.received else SAVE if due else 0
+
+def train_all(args, protocol, folder, best_file, training, first_epoch, train_loader, val_loader, schedules, signals,
+              writer, amp_dtype, process):
+    """The epochs from `first_epoch` on, each with its validation, its line of `log.txt` and its checkpoint."""
+    device, main, model, progress = process.device, process.rank == 0, training.model, training.progress
+    dataset, sampler = train_loader.dataset, train_loader.batch_sampler
+    network = utils.data_parallel(model, device, args.accum_iter) if process.world_size > 1 else model
+    mixing = build_mixing(args, len(dataset.images.classes))
+    ema = None if training.average is None else ema_pairs(model, training.average)
+    saved_at, bad_before = time.monotonic(), set(progress["bad"])
+    check_images = partial(loader.check_images, dataset, bad_before, args.max_bad_images, folder, device)
 
     def save_now(epoch, names=()):
         """Save the run as it is before update `progress["step"]` of `epoch`; all processes call it. False if that fails."""
         nonlocal saved_at
         progress["bad"] = loader.bad_images(dataset, bad_before, device)
-        saved = not main or save(folder, epoch, argparse.Namespace(**vars(args) | {"lr": rate}), source, model, average,
-                                 optimizer, scaler, progress, names)
+        saved = not main or save(folder, epoch, args, training, names)
         saved_at = time.monotonic()
         return saved
 
@@ -863,10 +703,11 @@ def run_one(args, protocol, key, rate, folder, content, sets, process, signals, 
         """(the next batch or None at the end, whether to save). Raises `utils.Preempted` when any process got a signal:
         the hosts agree before each batch."""
         batch = signals.wait_for(partial(next, batches, None))
-        want = utils.host_reduce(wanted())
-        if want == STOP:
+        due = main and args.save_every_minutes and time.monotonic() - saved_at > 60 * args.save_every_minutes
+        want = utils.host_reduce(utils.STOP if signals.received else utils.SAVE if due else 0)
+        if want == utils.STOP:
             raise utils.Preempted
-        return batch, want == SAVE
+        return batch, want == utils.SAVE
 
     def val_batches():
         batches = iter(val_loader)
@@ -874,20 +715,16 @@ def run_one(args, protocol, key, rate, folder, content, sets, process, signals, 
             yield batch
 
     for epoch in range(first_epoch, args.epochs):
-        batch_sampler.epoch, batch_sampler.start = epoch, progress["step"]
+        sampler.epoch, sampler.start = epoch, progress["step"]
         is_last = epoch + 1 == args.epochs
         result = None
         try:
-            train_epoch(iter(data_loader), next_batch, save_now, check_images, network, optimizer, scaler, schedules,
-                        mixing, ema, epoch, steps, progress, amp_dtype, writer, args, process)
+            train_epoch(iter(train_loader), next_batch, save_now, check_images, network, training, schedules, mixing, ema,
+                        epoch, sampler.steps, amp_dtype, writer, args, process)
             if is_last or epoch % args.val_freq == 0:
-                result = validate(model, val_batches(), len(val), process, amp_dtype)
+                result = validate(model, val_batches(), len(val_loader.dataset), process, amp_dtype)
         except utils.Preempted:
-            failed = not save_now(epoch)
-            if utils.host_reduce(int(failed)):
-                raise utils.InputError("a signal asked to stop, but the run could not be saved") from None
-            raise utils.Preempted(f"stopped by a signal at epoch {epoch}, step {progress['step']}, and saved: the same "
-                                  "command with --load_from auto goes on from there") from None
+            raise utils.stopped(save_now(epoch), epoch, progress["step"]) from None
         stats = {f"train_{name}": utils.mean_of(progress, name) for name in progress["totals"]}
         names = []
         if result:
@@ -901,46 +738,26 @@ def run_one(args, protocol, key, rate, folder, content, sets, process, signals, 
             names.append(f"checkpoint-{epoch}.pth")
         bad = loader.bad_images(dataset, bad_before, device)
         if main:
-            write_log(folder, stats | {"epoch": epoch, "n_parameters": sum(p.numel() for p in model.parameters())})
+            utils.append_log(folder / "log.txt", stats | {
+                "epoch": epoch, "n_parameters": sum(p.numel() for p in model.parameters())})
             utils.log_scalars(writer, "epoch", stats, epoch)
             print(f"epoch {epoch} done: " + "  ".join(f"{k} {v:.4g}" for k, v in stats.items())
                   + (f"  best {described(progress['best'])}" if result else ""), flush=True)
             if bad:
-                (folder / loader.BAD_IMAGES).write_text("\n".join(bad) + "\n")
+                loader.write_bad_images(folder, bad)
                 print(f"skipped {len(bad)} unreadable images so far; all: {folder / loader.BAD_IMAGES}", flush=True)
-            if is_last:
-                print(f"training time {utils.eta_string(time.time() - start_time)}; {key}, lr {rate:g}: best "
-                      f"{described(progress['best'])}, last {described(progress['last'])}; {folder / best_file}",
-                      flush=True)
-                # A sweep's own record is that of its best rate.
-                append_result(folder if "," in args.lr else results_folder(args), protocol.name,
-                              args.pretrained_weights, key, settings, {k: progress[k] for k in ("best", "last")})
         progress |= {"step": 0, "totals": {}, "counts": {}}
         save_now(epoch + 1, names)
-    return ({"best": progress["best"], "last": progress["last"]}, settings), True
 
 
-def as_record(result, epoch):
-    """A result of `validate` as it is recorded."""
-    top5 = {"top5": result["acc5"]} if "acc5" in result else {}
-    return {"top1": result["acc1"], **top5, "loss": result["loss"], "epoch": epoch}
+def train_epoch(batches, next_batch, save_now, check_images, network, training, schedules, mixing, ema, epoch, steps,
+                amp_dtype, writer, args, process):
+    """Updates `progress["step"]` to `steps` of an epoch; `training.progress` is kept up to date.
 
-
-def find_checkpoint(folder, load_from, best_file):
-    """(path, content) of the checkpoint `load_from`, or for "auto" of the newest good one; (None, None) without any."""
-    if load_from == "auto":
-        return utils.find_checkpoint(checkpoint_files(folder, best_file), read_checkpoint, "--overwrite true starts over")
-    return folder / load_from, read_checkpoint(folder / load_from)
-
-
-def train_epoch(batches, next_batch, save_now, check_images, network, optimizer, scaler, schedules, mixing, ema, epoch,
-                steps, progress, amp_dtype, writer, args, process):
-    """Updates `progress["step"]` to `steps` of an epoch; `progress` is kept up to date (see `new_progress`).
-
-    next_batch, save_now: see `run_one`; check_images is called with each log line. When `next_batch` raises
+    next_batch, save_now: see `train_all`; check_images is called with each log line. When `next_batch` raises
     `utils.Preempted`, the update whose batches were being fetched has not been made.
     """
-    device = process.device
+    device, optimizer, scaler, progress = process.device, training.optimizer, training.scaler, training.progress
     names = ("loss", "grad_norm") if mixing else ("loss", "class_acc", "grad_norm")
     meters = utils.DeviceMeters(names)
     waited, since, since_step = 0.0, time.time(), progress["step"]
@@ -971,9 +788,10 @@ def train_epoch(batches, next_batch, save_now, check_images, network, optimizer,
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     try:
-        for it in range(progress["step"], steps):
+        first_step = progress["step"]
+        for it in range(first_step, steps):
             step = epoch * steps + it
-            if args.save_every_steps and it and step % args.save_every_steps == 0:
+            if args.save_every_steps and it > first_step and step % args.save_every_steps == 0:
                 save_here()
             seed_update(args.seed, epoch, it, process.rank)
             means = train_step((fetched(first=i == 0) for i in range(args.accum_iter)), network, optimizer, scaler,
