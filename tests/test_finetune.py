@@ -5,11 +5,12 @@ import math
 import os
 import random
 import re
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from torch import multiprocessing
 
 import models
 import utils
+from benchmarks.faults import differences, everything
 from evaluation import eval_cls
 from evaluation.classification_layer_decay import run_class_finetuning
 from evaluation.common import classifier, finetune
@@ -32,7 +34,7 @@ from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import epoch_order, eval_transform, image_sets
 from evaluation.common.features import sharded_loader
 from evaluation.semi_supervised import eval_cls as semi_cls
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_for
 
 CPU = utils.Process(0, 1, 0, torch.device("cpu"))
 TINY = ["--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32", "--device", "cpu",
@@ -541,12 +543,29 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(parts[name], one[name], rtol=1e-6, atol=1e-7)
 
 
-def test_two_processes_train_and_validate_as_one(digits, call, tmp_path):
-    """The whole script, with augmentations that depend on the image's place: the same log and weights."""
-    words = [*TINY, *PLAIN, "--data_path", digits, "--epochs", 1, "--clip_grad", 1]
-    script = "evaluation/classification_layer_decay/run_class_finetuning.py"
+def start(*words, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    words = [sys.executable, *launcher, "evaluation/classification_layer_decay/run_class_finetuning.py",
+             *finetune.our_words([*TINY, *map(str, words)])]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()) if processes == 1 else "1"})
+
+
+def test_two_processes_train_and_validate_as_one(digits, tmp_path):
+    """The whole script, with augmentations that depend on the image's place: the same log and weights, though the two are
+    stopped once (`torchrun` passes the signal on)."""
+    words = [*PLAIN, "--data_path", digits, "--epochs", 1, "--clip_grad", 1]
     train(*words, "--output_dir", tmp_path / "one")
-    call(script, *finetune.our_words(map(str, [*words, "--batch_size", 8])), "--output_dir", tmp_path / "two", processes=2)
+    two = [*words, "--batch_size", 8, "--output_dir", tmp_path / "two", "--resume", "auto", "--print_freq", 1]
+    process = start(*two, processes=2)
+    while "[2/7]" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("stopped by a signal at epoch 0, step ") == 1
+    process = start(*two, processes=2)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resumed from" in out, errors
     one, two = (json.loads((tmp_path / name / "log.txt").read_text()) for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-3) and one.keys() == two.keys()
     a, b = (utils.load_checkpoint(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two"))
@@ -560,27 +579,9 @@ def test_two_processes_train_and_validate_as_one(digits, call, tmp_path):
 FULL = ["--model_ema", "--model_ema_decay", "0.9", "--clip_grad", "1", "--accum_iter", "2", "--batch_size", "8"]
 
 
-def everything(folder):
-    checkpoint = utils.load_checkpoint(folder / "checkpoint.pth")
-    found = {f"log.{i}": line for i, line in enumerate((folder / "log.txt").read_text().splitlines())}
-
-    def walk(name, value):
-        if isinstance(value, (dict, list, tuple)):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                if key != "param_groups":  # their rates are set before each update
-                    walk(f"{name}.{key}", part)
-        else:
-            found[name] = value
-    for key in checkpoint.keys() - {"args"}:
-        walk(key, checkpoint[key])
-    return found
-
-
 def assert_same_run(a, b):
-    a, b = everything(a), everything(b)
-    assert a.keys() == b.keys() and len(a) > 150
-    differ = [name for name in a if not (torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name])]
-    assert not differ, differ[:5]
+    assert len(everything(a)) > 150
+    assert not [name for name in differences(a, b) if ".param_groups." not in name]  # their rates are set before each update
 
 
 @pytest.fixture(scope="module")
@@ -768,6 +769,39 @@ def test_bad_input_is_refused_in_one_line(words, message, digits, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("words, message", [
+    (["--checkpoint_key", "techer"], "no entry 'techer'.*student, teacher"),
+    (["--arch", "vit_small"], "checkpoint.pth.*vit_small"),
+    (["--finetune_head_layer", "3", "--arch", "vit_tiny"], "checkpoint.pth")])
+def test_weights_that_do_not_fit_are_refused(words, message, pretrained, digits, tmp_path):
+    with pytest.raises(utils.InputError, match=message):
+        train("--data_path", digits, "--output_dir", tmp_path / "run", "--pretrained_weights", pretrained, *words)
+
+
+def test_mistyped_flags_are_refused(capsys):
+    for words in (["--layer_deca", "0.5"], ["--arch", "vit_smal"], ["--epochs", "0"], ["--model_ema", "maybe"]):
+        with pytest.raises(SystemExit):
+            parse(*words)
+        assert words[0] in capsys.readouterr().err
+
+
+def test_tasks_of_run_sh_have_flags_that_there_are(tmp_path):
+    """The words of all eight tasks, as run.sh prints them."""
+    tasks = ["imagenet_cls", "imagenet_semi_cls", "cifar_cls", "cifar10_cls", "cars_cls", "flwrs_cls", "inat_cls", "inat19_cls"]
+    for arch in ("vit_small", "vit_large", "swin_tiny"):
+        lines = subprocess.run(["bash", ROOT / "run.sh", "+".join(tasks), "job", arch, "teacher", "1"], cwd=ROOT, check=True, text=True,
+                               capture_output=True, env={**os.environ, "DRY_RUN": "1", "OUTPUT_DIR": str(tmp_path)}).stdout.splitlines()
+        assert len(lines) == len(tasks)
+        for line in lines:
+            words = shlex.split(line)
+            script = {"run_class_finetuning.py": run_class_finetuning}.get(os.path.basename(words[1]),
+                                                                           semi_cls if "semi" in words[1] else eval_cls)
+            args = script.get_args_parser().parse_args(finetune.our_words(words[2:]))
+            assert finetune.check_args(args) and args.arch == arch and args.load_from == "auto"
+            if script is run_class_finetuning:  # on 8 GPUs the published batch
+                assert 8 * args.batch_size_per_gpu * args.accum_iter == 1024
+
+
 def test_a_folder_with_a_run_is_not_overwritten(whole, digits):
     with pytest.raises(utils.InputError, match="already holds a run .*--load_from auto"):
         train("--data_path", digits, "--output_dir", whole)
@@ -786,26 +820,71 @@ def test_losses_that_are_not_finite_end_the_run(digits, tmp_path, monkeypatch):
         train("--data_path", digits, "--output_dir", tmp_path)
 
 
-def test_too_many_bad_images_end_the_run(digits, tmp_path):
+def test_updates_that_are_not_finite_are_dropped_and_logged(digits, tmp_path, monkeypatch, capsys):
+    step, calls = finetune.train_step, []
+
+    def poisoned(batches, *args, **kwargs):
+        calls.append(1)
+        images, labels = next(batches)
+        return step(iter([(images * (math.nan if len(calls) == 3 else 1), labels)]), *args, **kwargs)
+    monkeypatch.setattr(finetune, "train_step", poisoned)
+    train("--data_path", digits, "--output_dir", tmp_path, "--on_nonfinite", "skip", "--epochs", 1, *PLAIN)
+    assert "warning: step 2 dropped, not finite: loss nan" in capsys.readouterr().out
+    assert math.isfinite(json.loads((tmp_path / "log.txt").read_text())["train_loss"])
+
+
+def test_too_many_bad_images_end_the_run(digits, tmp_path, at_fetch):
     data = tmp_path / "data"
     shutil.copytree(digits, data)
     for path in sorted((data / "train").rglob("*.png"))[:20]:
         path.write_bytes(b"no image")
     with pytest.raises(utils.InputError, match="images cannot be read, more than --max_bad_images 0.01"):
         train("--data_path", data, "--output_dir", tmp_path / "run")
-    train("--data_path", data, "--output_dir", tmp_path / "run", "--max_bad_images", 0.5, "--epochs", 1, "--overwrite", "true")
-    assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) <= 20
+    words = ["--data_path", data, "--output_dir", tmp_path / "again", "--max_bad_images", 0.5, "--epochs", 1, "--resume", "auto"]
+    undo = at_fetch(5)
+    with pytest.raises(utils.Preempted):
+        train(*words)
+    undo()
+    before = utils.load_checkpoint(tmp_path / "again/checkpoint.pth")["progress"]["bad"]
+    train(*words)
+    names = (tmp_path / "again/bad_images.txt").read_text().splitlines()
+    assert 0 < len(before) < len(names) <= 20 and set(before) < set(names) and names == sorted(names)
 
 
-def test_signal_ends_a_script_with_code_75(digits, tmp_path):
-    """SIGTERM from outside: saved, and the exit code that schedulers and run.sh take as `go on later`."""
-    words = finetune.our_words([*TINY, "--data_path", str(digits), "--epochs", "500", "--num_workers", "1", "--output_dir", str(tmp_path)])
-    process = subprocess.Popen([sys.executable, "evaluation/classification_layer_decay/run_class_finetuning.py", *words], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    until = time.time() + 120
-    while not (tmp_path / "checkpoint.pth").exists() and time.time() < until:
-        time.sleep(0.2)
+def test_killed_and_stopped_script_ends_as_undisturbed(whole, digits, tmp_path):
+    """kill -9 in the middle of a save, then a signal: saved, with the exit code that schedulers take as `go on later`."""
+    words = ["--data_path", digits, "--output_dir", tmp_path, *FULL, "--resume", "auto", "--save_every_steps", 1, "--num_workers", 1]
+    newest = tmp_path / "checkpoint.pth"
+    process = start(*words)
+    wait_for(lambda: (tmp_path / "checkpoint_previous.pth").exists(), process)
+    wait_for(lambda: list(tmp_path.glob(".checkpoint*")), process)
+    process.kill()
+    process.communicate()
+    assert utils.load_checkpoint(newest)["progress"]["step"] > 0
+    before = newest.stat().st_mtime_ns
+    process = start(*words)
+    wait_for(lambda: newest.stat().st_mtime_ns > before, process)
     process.send_signal(signal.SIGUSR1)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == utils.EXIT_PREEMPTED and "and saved: the same command with --load_from auto goes on" in err
-    assert utils.load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] >= 1
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == utils.EXIT_PREEMPTED == 75
+    assert "and saved: the same command with --load_from auto goes on" in errors and errors.count("\n") == 1
+    train(*words)
+    assert not list(tmp_path.glob(".checkpoint*"))
+    assert_same_run(tmp_path, whole)
+
+
+def test_disk_full_while_saving(whole, digits, tmp_path, capsys, file_limit):
+    words = ["--data_path", digits, "--output_dir", tmp_path, *FULL, "--resume", "auto"]
+    good = (whole / "checkpoint_previous.pth").read_bytes()  # after epoch 0
+    (tmp_path / "checkpoint.pth").write_bytes(good)
+    file_limit(len(good) // 2)
+    with pytest.raises(utils.InputError, match="checkpoint.pth could not be written .*; the checkpoints before it are intact"):
+        train(*words, "--on_save_error", "stop")
+    capsys.readouterr()
+    train(*words)
+    captured = capsys.readouterr()
+    assert "could not be written" in captured.err and "epoch 1 done" in captured.out
+    assert (tmp_path / "checkpoint.pth").read_bytes() == good and not list(tmp_path.glob(".checkpoint*"))
+    file_limit(resource.RLIM_INFINITY)
+    train(*words)
+    assert not [name for name in differences(tmp_path, whole) if name.startswith("model")]
