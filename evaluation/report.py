@@ -53,9 +53,9 @@ TRAIN_IMAGES, VAL_IMAGES = 1281167, 50000
 SUBSET_IMAGES = (12811, 128116)
 PUBLISHED_SUBSETS = {"knn": (62.3, 70.1), "linear": (62.5, 72.2), "linear_solo": (62.5, 72.2), "logistic": (65.9, 73.4)}
 PUBLISHED_FEW_LABELS = {0: (55.0, 74.0), 1: (61.9, 75.1)}  # fine-tuned (Table 4), by --finetune_head_layer
-# Table 7, in the order of TRANSFER
-PUBLISHED_TRANSFER = {("vit_small", 16): (99.1, 90.7, 73.7, 78.5, 98.6, 94.0),
-                      ("vit_base", 16): (99.2, 92.2, 74.6, 79.6, 98.9, 94.3)}
+PUBLISHED_TRANSFER = {  # Table 7
+    ("vit_small", 16): dict(zip(TRANSFER, (99.1, 90.7, 73.7, 78.5, 98.6, 94.0), strict=True)),
+    ("vit_base", 16): dict(zip(TRANSFER, (99.2, 92.2, 74.6, 79.6, 98.9, 94.3), strict=True))}
 PUBLISHED_CLUSTERS = {"acc": 43.4, "ari": 32.8, "nmi": 78.6, "fmi": 35.6}
 
 SIDE, LINE, SCALE = (720, 400), 3, 2  # pixels of a picture and of a line, drawn SCALE times as large for smooth edges
@@ -125,7 +125,7 @@ def paper(record):
     """({metric: the paper's number} for what a record measures, does it compare?); no numbers where the paper has none."""
     protocol, settings, which = record["protocol"], record["settings"], network(record)
     if protocol.startswith("transfer_"):
-        found = dict(zip(TRANSFER, PUBLISHED_TRANSFER.get(which, [None] * 6), strict=True)).get(protocol.removeprefix("transfer_"))
+        found = PUBLISHED_TRANSFER.get(which, {}).get(protocol.removeprefix("transfer_"))
         return ({} if found is None or settings.get("train_subset") else {"top1": found}), True
     if settings.get("dataset", "imagefolder") != "imagefolder":
         return {}, False
