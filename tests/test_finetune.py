@@ -34,6 +34,7 @@ from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import epoch_order, eval_transform, image_sets
 from evaluation.common.features import sharded_loader
 from evaluation.semi_supervised import eval_cls as semi_cls
+from loader import IMAGENET_MEAN, IMAGENET_STD
 from tests.conftest import ROOT, wait_for
 
 CPU = utils.Process(0, 1, 0, torch.device("cpu"))
@@ -392,6 +393,27 @@ def test_augmentation_is_active_in_training_and_off_in_validation():
             with drawing_from(seed):
                 differ += not torch.allclose(on(picture), x)
         assert differ >= 6, change
+
+
+def test_small_images_are_moved_and_flipped_on_request():
+    """By an eighth of their side: every result is a cut-out of the image with a border of that width."""
+    for size in (16, 32):
+        picture = Image.fromarray(np.random.default_rng(0).integers(1, 255, (size, size, 3), dtype=np.uint8))
+        plain = val_transform(size)(picture)
+        black = (0 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+        border, m = black[:, None, None].expand(3, size + size // 4, size + size // 4).clone(), size // 8
+        border[:, m:-m, m:-m] = plain
+        cuts = border.unfold(1, size, 1).unfold(2, size, 1).flatten(1, 2).permute(1, 0, 2, 3)  # [(2m+1)^2, 3, size, size]
+        for flip_prob, expected in ((0.0, {False}), (0.5, {False, True}), (1.0, {True})):
+            transform, seen, places = train_transform(size, None, 0, erase_prob=0.0, flip_prob=flip_prob), set(), set()
+            for seed in range(40):
+                with drawing_from(seed):
+                    x = transform(picture)
+                found = {flipped: (cuts - (x.flip(2) if flipped else x)).abs().amax((1, 2, 3)) < 1e-5 for flipped in (False, True)}
+                [flipped] = [flipped for flipped in found if found[flipped].any()]
+                seen.add(flipped)
+                places.add(int(found[flipped].nonzero()))
+            assert seen == expected and len(places) > 10
 
 
 def test_posterize_with_no_bits_left_is_black():

@@ -209,7 +209,8 @@ def test_curves(tmp_path, capsys):
     lines.append(lines[1] | {"train_loss": 3.5})  # a resumed run said it again
     (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "tra')
     for folder, line in (("linear/teacher", {"test_acc0@1": 20, "test_acc1@1": 30, "test_acc1@5": 90, "test_loss1": 95}),
-                         ("linear_solo/teacher", {"test_acc1": 25.0, "test_acc5": 80})):
+                         ("linear_solo/teacher", {"test_acc1": 25.0, "test_acc5": 80}),
+                         ("cls/imnet/teacher/lr_0.001", {"test_acc1": 81.0}), ("semi_cls/0.01/teacher", {"test_acc1": 60.0})):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "log.txt").write_text("".join(json.dumps(line | {"epoch": e}) + "\n" for e in range(2))
                                                    + json.dumps({"epoch": 2, "train_loss0": None}) + "\n")
@@ -218,6 +219,8 @@ def test_curves(tmp_path, capsys):
     assert series == {"total": [(0, 9), (1, 3.5), (2, 7)], "[CLS]": [(0, 5), (1, 4.5), (2, 4)], "patch": [(0, 4), (1, 3.5), (2, 3)]}
     _, series = pictures["linear"]
     assert series == {"teacher, linear, sweep": [(0, 30), (1, 30)], "teacher, linear, one rate": [(0, 25), (1, 25)]}
+    _, series = pictures["finetuning"]
+    assert series == {"imnet/teacher/lr_0.001": [(0, 81), (1, 81)], "0.01/teacher, few labels": [(0, 60), (1, 60)]}
     assert len(notes) == 1 and "log.txt: 1 line(s)" in notes[0]
     printed, text = run(tmp_path, capsys)
     assert notes[0] in printed
@@ -225,7 +228,7 @@ def test_curves(tmp_path, capsys):
         with Image.open(tmp_path / name) as image:
             assert image.format == "PNG" and image.size == report.SIDE
             assert len(image.getcolors(2**20)) > 20  # axes, text and lines
-    assert len(re.findall(r"!\[", text)) == 2
+    assert len(re.findall(r"!\[", text)) == 3
 
 
 @pytest.mark.parametrize("points", [
