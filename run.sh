@@ -17,6 +17,7 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
             imagenet_linear        linear probes at 45 learning rates, in the sub-folder linear/KEY
             imagenet_linear_solo   a linear probe at the rate --lr, in the sub-folder linear_solo/KEY
             imagenet_unsup_cls     unsupervised classification
+            imagenet_part_linear   linear probes of the most attended patches, in the sub-folder linear_part/KEY
             imagenet_cls           fine-tuning with the paper's settings for ARCH, in the sub-folder cls/imnet/KEY; --lr A,B,...
                                    tries several rates
             imagenet_semi_cls      fine-tuning on few labels, in semi_cls/SUBSET/KEY: data/imagenet_split, or the part of
@@ -51,15 +52,15 @@ Environment variables:
 EOF
 }
 
-TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls imagenet_cls \
-imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls"
+TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls \
+imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls"
 
 # The table of tasks; TASKS and the usage list them too.
 #   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
-#   sub-folder of the results, in it one per key (results.json stays in the job's folder); frozen: it reads features, which
-#   can be kept; flags of this task alone.
+#   sub-folder of the results, in it one per key (results.json stays in the job's folder); features: of frozen networks,
+#   those `shared` with other tasks, its `own`, or none in fine-tuning; fixed: flags of this task alone.
 task() {
-    runs=per_key data=$imagenet folders="train val" sub='' frozen=yes fixed=()
+    runs=per_key data=$imagenet folders="train val" sub='' features=shared fixed=()
     case $1 in
         imagenet_pretrain)    script=main_ibot.py runs=together data=$imagenet/train folders='' ;;
         imagenet_knn)         script=evaluation/eval_knn.py fixed=(--avgpool_patchtokens "${AVGPOOL:-0}") ;;
@@ -67,8 +68,9 @@ task() {
         imagenet_linear)      script=evaluation/eval_linear_multi.py sub=linear fixed=(${linear[@]+"${linear[@]}"}) ;;
         imagenet_linear_solo) script=evaluation/eval_linear.py sub=linear_solo fixed=(${linear[@]+"${linear[@]}"}) ;;
         imagenet_unsup_cls)   script=evaluation/unsupervised/unsup_cls.py ;;
+        imagenet_part_linear) script=analysis/linear_part/eval.py sub=linear_part features=own fixed=(--topk 1 7 14 56 112 196) ;;
         imagenet_cls)
-            script=evaluation/classification_layer_decay/run_class_finetuning.py runs=together sub=cls/imnet frozen=''
+            script=evaluation/classification_layer_decay/run_class_finetuning.py runs=together sub=cls/imnet features=''
             case $arch in  # Tables 2 and 11, for 8 GPUs; the paper has no Swin: the reference's fixed settings
                 *large) fixed=(--epochs 50 --warmup_epochs 5 --layer_decay 0.75 --drop_path 0.4
                                --batch_size_per_gpu 64 --accum_iter 2) ;;
@@ -78,7 +80,7 @@ task() {
             esac
             fixed+=(--lr 1e-3) ;;
         imagenet_semi_cls)
-            script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} frozen=''
+            script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} features=''
             [ -n "$subset" ] || data=${DATA_PATH:-${at}data/imagenet_split}
             fixed=(--avgpool_patchtokens "${AVGPOOL:-0}" --finetune_head_layer 1 --epochs 1000 --lr 5e-6) ;;
         cifar_cls)   transfer cifar cifar cifar100 7.5e-6 1000 ;;
@@ -93,7 +95,7 @@ task() {
 
 # transfer SUB FOLDER DATASET LR EPOCHS [flags]: the rest of a row of the table (Table 7, batches of 96).
 transfer() {
-    script=evaluation/eval_cls.py data=${at}data/$2 folders='' sub=cls/$1 frozen=''
+    script=evaluation/eval_cls.py data=${at}data/$2 folders='' sub=cls/$1 features=''
     fixed=(--dataset "$3" --lr "$4" --epochs "$5" "${@:6}")
 }
 
@@ -282,7 +284,7 @@ launch() {
     fi
     run "${start[@]}" "$@" || code=$?
     [ "$code" != 0 ] || return 0
-    [ "$name" != imagenet_pretrain ] && { [ -n "$frozen" ] || [ "$code" != 75 ]; } || stopped "$name" "$code" "$again_with"
+    [ "$name" != imagenet_pretrain ] && { [ -n "$features" ] || [ "$code" != 75 ]; } || stopped "$name" "$code" "$again_with"
     echo "run.sh: $name failed with code $code; nothing after it was run" >&2
     exit "$code"
 }
@@ -290,7 +292,7 @@ launch() {
 # run_tasks TYPE JOB_NAME ARCH KEY GPUS [flags]
 run_tasks() {
     local names=() keys=() extra=() flags=() given=() place=() linear=() kept=() part name i first step own
-    local script runs data folders sub frozen fixed
+    local script runs data folders sub features fixed
     local imagenet=${DATA_PATH:-${at}data/imagenet}
 
     # The table needs these two; the rest is checked below.
@@ -362,7 +364,7 @@ run_tasks() {
         for name in "${names[@]}"; do
             task "$name"
             [ -z "$dataset" ] || break
-            [ "$frozen$download" != --download ] || continue  # it makes its folder
+            [ "$features$download" != --download ] || continue  # it makes its folder
             own=""
             [ -n "$pretrains" ] && [ "$name" != imagenet_pretrain ] || own=$(flag_value --data_path ${extra[@]+"${extra[@]}"})
             for part in "" $folders; do
@@ -387,7 +389,7 @@ run_tasks() {
     i=0
     for name in "${names[@]}"; do
         task "$name"
-        if [ "$name" != imagenet_pretrain ] && [ -n "$frozen" ]; then i=$((i + 1)); fi
+        if [ "$name" != imagenet_pretrain ] && [ "$features" = shared ]; then i=$((i + 1)); fi
     done
     if [ "$i" -gt 1 ] && { [ -n "$pretrains" ] ||
         [ -z "$(flag_value --dump_features ${extra[@]+"${extra[@]}"})$(flag_value --load_features ${extra[@]+"${extra[@]}"})" ]; }; then
@@ -419,7 +421,7 @@ run_tasks() {
             flags=(--output_dir "$output")
             [ -z "$sub" ] || flags=(--output_dir "$output/$sub/${keys[$i]}" --results_dir "$output")
             flags+=(${fixed[@]+"${fixed[@]}"})
-            [ -z "$frozen" ] || flags+=(${kept[@]+"${kept[@]}"})
+            [ "$features" != shared ] || flags+=(${kept[@]+"${kept[@]}"})
             flags+=(${given[@]+"${given[@]}"})
             launch "$at$script" --pretrained_weights "$checkpoint" --checkpoint_key "${keys[$i]}" \
                 ${place[@]+"${place[@]}"} --arch "$arch" "${flags[@]}"

@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
 import loader
 import models
 import utils
+from analysis import common
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import eval_transform, image_folders
 from evaluation.common.features import extract_features, pool_features, sharded_loader
@@ -28,7 +29,6 @@ from evaluation.common.knn import knn_classify, topk_accuracy
 
 K = 10  # neighbours
 TILE, GAP, TITLE = 112, 6, 22  # pixels of the pictures
-HEAT = np.array([[0, 0, 0], [66, 10, 104], [187, 55, 84], [249, 142, 9], [252, 255, 164]])  # dark to bright
 
 
 # ---------------------------------------------------------------- data
@@ -113,19 +113,11 @@ def compare_knn(trained, train, val, args, process):
 
 # ---------------------------------------------------------------- pictures
 
-def tile(pixels):
-    """uint8 [H, W, 3] or PIL image to a PIL image that fits a tile; small images are enlarged with visible pixels."""
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    scale = TILE / max(image.size)
-    size = [max(1, round(side * scale)) for side in image.size]
-    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
-
-
 def save_grid(rows, titles, path):
     """Write rows of tiles under column titles as one picture."""
     step = TILE + GAP
     canvas = Image.new("RGB", (GAP + step * len(titles), TITLE + GAP + step * len(rows)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    draw, font = ImageDraw.Draw(canvas), common.font(12)
     for column, title in enumerate(titles):
         draw.text((GAP + column * step + TILE / 2, TITLE / 2 + 2), title, fill="black", font=font, anchor="mm")
         for row, tiles in enumerate(rows):
@@ -152,7 +144,7 @@ def draw_crops(args, path):
     rows = []
     for index in spread(len(dataset)):
         try:
-            original = tile(loader.load_rgb(dataset.samples[index][0]))
+            original = common.fit(loader.load_rgb(dataset.samples[index][0]), TILE)
         except loader.BadImage:  # training skipped and counted it
             continue
         crops, _, masks = dataset[index]
@@ -160,7 +152,7 @@ def draw_crops(args, path):
         if args.use_masked_im_modeling:
             for crop, mask in zip(crops, masks):  # noqa: B905 - local crops have no mask
                 crop[np.kron(mask, np.ones((dataset.patch_size, dataset.patch_size), dtype=bool))] = 128
-        rows.append([original] + [tile(crop) for crop in crops])
+        rows.append([original] + [common.fit(Image.fromarray(crop), TILE) for crop in crops])
     titles = ["image"] + [f"global crop {i + 1}" for i in range(args.global_crops_number)] + ["local crop"] * local
     save_grid(rows, titles, path)
 
@@ -175,16 +167,13 @@ def draw_attention(trained, dataset, process, path):
             image, _, _ = dataset[index]  # [3, S, S]
         except loader.BadImage:
             continue
-        attention = model.get_last_selfattention(image[None].to(process.device))[0, :, 0, 1:]  # [heads, N]
-        pixels = tile(((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
         cells = trained.image_size // trained.patch_size
-        row = [pixels]
-        for weights in attention.cpu().numpy():
-            weights = (weights - weights.min()) / max(np.ptp(weights), 1e-12)
-            heat = np.stack([np.interp(weights, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
-            heat = Image.fromarray(heat.round().astype(np.uint8).reshape(cells, cells, 3))
-            row.append(Image.blend(pixels, heat.resize(pixels.size, Image.Resampling.BILINEAR), 0.75))
-        rows.append(row)
+        attention = common.cls_attention(model, image[None].to(process.device))[0].view(-1, cells, cells)  # [heads, h, w]
+        pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        pixels = common.fit(Image.fromarray(pixels), TILE)
+        heats = [Image.fromarray(common.heat_map(weights, "inferno")) for weights in attention.cpu().numpy()]
+        rows.append([pixels, *(Image.blend(pixels, heat.resize(pixels.size, Image.Resampling.BILINEAR), 0.75)
+                               for heat in heats)])
     save_grid(rows, ["image"] + [f"head {i + 1}" for i in range(model.blocks[-1].attn.num_heads)], path)
 
 
@@ -223,7 +212,12 @@ def report(folder):
         files.append((pictures / "attention.png", "where the teacher's [CLS] looks"))
     width = max(len(str(name)) for name, _ in files) + 2
     lines += [f"{str(name):{width}}{what}" for name, what in files]
-    lines += ["", f"curves:          {sys.executable} -m tensorboard.main --logdir {folder / 'tf_logs'}",
+    lines.append("")
+    if not args.arch.startswith("swin"):
+        page = Path(sys.argv[0]).with_name("report.py")
+        lines += [f"what it learned: {sys.executable} {page} --pretrained_weights {checkpoint}",
+                  "                 (a page for the browser: clusters, attention, correspondence, robustness)"]
+    lines += [f"curves:          {sys.executable} -m tensorboard.main --logdir {folder / 'tf_logs'}",
               "your own images: ./run.sh quickstart --data_path FOLDER --output_dir work_dirs/mine",
               "                 (FOLDER/CLASS/IMAGE; one class will do)",
               "the real thing:  ./run.sh imagenet_pretrain+imagenet_knn JOB_NAME vit_small teacher 8   (see README.md)"]

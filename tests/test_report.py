@@ -8,11 +8,13 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import utils
 from evaluation import eval_knn, report
+from evaluation.common import charts
 from evaluation.common.results import append_result, read_results
 
 ROOT = Path(report.__file__).parent.parent
@@ -192,6 +194,19 @@ def test_a_repeated_evaluation_replaces_the_older_one(tmp_path, capsys):
     assert len(rows(text, "k = 10")) == 4 and "checkpoint0040.pth" in printed and "1 older" in printed
 
 
+def test_results_of_the_analyses(tmp_path, capsys):
+    """Figures with and without parts of their own; lists are left to the pictures."""
+    for k in (1, 56):
+        record(tmp_path, "linear_part", LINEAR, topk=k)
+    append_result(tmp_path, "occlusion", "c.pth", "state_dict", {}, {"S.5": 60.0, "salient": {"1": [70.0, 3.0]}})
+    append_result(tmp_path, "imagenet_c", "c.pth", "state_dict", {}, {"mean19": 48.1, "mce": None, "errors": {"fog": [0.1]}})
+    printed, text = run(tmp_path, capsys)
+    assert [row[:6] for row in rows(text, "best, epoch 97, lr 0.003")] == [
+        ["teacher", "a" * 10, f"part-wise linear (topk {k})", "best, epoch 97, lr 0.003", "77.75", "93.50"] for k in (1, 56)]
+    assert [row[2:5] for row in rows(text, "occlusion")] == [["occlusion", "", "S.5 60.00"]]
+    assert [row[2:5] for row in rows(text, "ImageNet-C")] == [["ImageNet-C", "", "mean19 48.10"]]
+
+
 def test_odd_records_do_not_break_the_tables(tmp_path, capsys):
     """Of later versions, or changed by hand."""
     append_result(tmp_path, "video|objects", "c.pth", "a\nb", {"arch": 3}, {"jf": 61.8, "name": "x", "big": 10**400, "no": None})
@@ -226,7 +241,7 @@ def test_curves(tmp_path, capsys):
     assert notes[0] in printed
     for name in re.findall(r"!\[.*\]\((.*)\)", text):
         with Image.open(tmp_path / name) as image:
-            assert image.format == "PNG" and image.size == report.SIDE
+            assert image.format == "PNG" and image.size == charts.SIDE
             assert len(image.getcolors(2**20)) > 20  # axes, text and lines
     assert len(re.findall(r"!\[", text)) == 3
 
@@ -236,16 +251,30 @@ def test_curves(tmp_path, capsys):
     [(e, 1000 + 1e-9 * e) for e in range(50)], [(3, 0), (4, 0)]])
 def test_any_curve_can_be_drawn(tmp_path, points):
     series = {f"a curve with quite a long name, number {i}": points for i in range(7)}
-    report.draw_curves(series, "title", tmp_path / "a.png")
+    charts.draw_curves(series, "title", tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**20)}
-    assert {tuple(bytes.fromhex(colour[1:])) for colour in report.COLOURS} <= colours
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in charts.COLOURS} <= colours
+
+
+def test_points_are_in_their_places(tmp_path):
+    """Also on a logarithmic axis: 1, 10 and 100 are equally far from each other."""
+    for log_x, middle in ((False, 50.5), (True, 10)):
+        curves = {"a": [(1, 0.0), (middle, 50.0), (100, 100.0)], "b": [(1, 50.0), (100, 50.0)]}
+        charts.draw_curves(curves, "", tmp_path / "a.png", log_x=log_x)
+        with Image.open(tmp_path / "a.png") as image:
+            pixels = np.asarray(image.convert("RGB")).astype(int)[70:]  # below the legend
+        a, b = (np.argwhere(abs(pixels - tuple(bytes.fromhex(colour[1:]))).max(-1) < 12) for colour in charts.COLOURS[:2])
+        (top, left), (bottom, right) = a.min(0), a.max(0)
+        assert np.median(b[:, 0]) == pytest.approx((top + bottom) / 2, abs=2)
+        at_half = a[abs(a[:, 0] - (top + bottom) / 2) < 3, 1]
+        assert at_half.mean() == pytest.approx((left + right) / 2, abs=3) and a[a[:, 1].argmin(), 0] > bottom - 8
 
 
 def test_ticks():
-    assert report.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert report.ticks(0.93, 4.1) == [1, 2, 3, 4]
-    assert report.ticks(-0.05, 1.05) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert charts.ticks(0.93, 4.1) == [1, 2, 3, 4]
+    assert charts.ticks(-0.05, 1.05) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
 
 
 # ---------------------------------------------------------------- pre-training, evaluations and report in one go

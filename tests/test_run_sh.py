@@ -127,6 +127,16 @@ def test_evaluations_after_pretraining(repository, arch, blocks, pooling):
         assert command[2:] == words
 
 
+def test_part_wise_probing(repository):
+    """A folder per key; its features are no other task's."""
+    part, knn = commands(repository, "imagenet_part_linear+imagenet_knn", "job", "vit_small", "teacher", 8, "--batch_size_per_gpu", 64)
+    assert part == [*LAUNCH, "--standalone", "--nproc_per_node", "8", "analysis/linear_part/eval.py", "--pretrained_weights",
+                    "work_dirs/job/checkpoint.pth", "--checkpoint_key", "teacher", "--data_path", "data/imagenet", "--arch", "vit_small",
+                    "--output_dir", "work_dirs/job/linear_part/teacher", "--results_dir", "work_dirs/job",
+                    "--topk", "1", "7", "14", "56", "112", "196", "--batch_size_per_gpu", "64", "--load_from", "auto"]
+    assert flag(knn, "--batch_size_per_gpu") == "64"
+
+
 def test_variables_of_the_features(repository):
     """Each by itself, unlike in the reference."""
     def flags(kind, arch="vit_small", **variables):

@@ -11,15 +11,18 @@ from models import iBOTHead
 MAX_BLOCK = 64_000_000  # floats of the largest intermediate: 256 MB
 
 
-def load_projection_head(checkpoint, key, path):
-    """The projection head of the network under `key` of a checkpoint that was read from `path`, for [CLS] tokens.
+def load_projection_head(checkpoint, key, path, patches=False):
+    """The projection head of the network under `key` of a checkpoint that was read from `path`.
 
+    It is the one for [CLS] tokens; with `patches` its last layer is the one for patch tokens, if these have their own.
     Sizes and norms follow from the weights, the activation from the checkpoint's `args` (GELU if it has none). Heads of
     iBOT and of DINO are read. Raises InputError if there is none or if names are missing.
     """
     names = utils.without_prefix({name: value for name, value in utils.network_state_dict(checkpoint, key, path).items()
                                   if name.startswith("head.")}, "head.")
-    state = {name: value for name, value in names.items() if not name.startswith("last_layer2.")}
+    own = "last_layer2." if patches and "last_layer2.weight_v" in names else "last_layer."
+    state = {name.replace(own, "last_layer."): value for name, value in names.items()
+             if name.startswith(own) or not name.startswith("last_layer")}
     missing = [name for name in ("mlp.0.weight", "last_layer.weight_v") if name not in state]
     if missing:
         raise utils.InputError(f"checkpoint {path}: key {key!r} holds no projection head (missing: head."

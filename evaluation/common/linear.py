@@ -346,20 +346,26 @@ def linear_parser(description):
     """The flags that one head and the sweep share."""
     parser = evaluation_parser(description)
     parser.set_defaults(n_last_blocks=4, output_dir=".")
+    linear = add_probe_flags(parser)
+    linear.add_argument("--num_labels", type=int_from(1), help="outputs of a head; by default the number of classes")
+    return parser
+
+
+def add_probe_flags(parser):
+    """Flags of every training of heads, on features of whatever kind; returns their group."""
     linear = parser.add_argument_group("linear probe")
     linear.add_argument("--epochs", type=int_from(1), default=100)
     linear.add_argument("--augment", type=utils.bool_flag, default=True,
                         help="train on random crops; false: on centre crops, whose features are extracted once")
     linear.add_argument("--val_freq", type=int_from(1), default=1,
                         help="epochs between validations and checkpoints; the last epoch always has one")
-    linear.add_argument("--num_labels", type=int_from(1), help="outputs of a head; by default the number of classes")
     linear.add_argument("--seed", type=int_from(0), default=0, help="of first weights, order of images and crops")
     linear.add_argument("--load_from", metavar="FILE",
                         help="resume from this file of the output folder: checkpoint_KEY_linear_last.pth, or the best one; "
                              "auto: from the former if it is there; with --overwrite true, if it is of these weights too")
     linear.add_argument("--overwrite", type=utils.bool_flag, default=False,
                         help="start over in an output folder that holds a linear probe")
-    return parser
+    return linear
 
 
 def cosine(epoch, epochs):
@@ -486,108 +492,182 @@ class Progress:
             print(f"epoch {epoch}/{self.epochs} [{count}/{self.n}]{loss}  {self.speed(epoch, count)}", flush=True)
 
 
+class ProbeRun:
+    """Heads in training on features of one kind: their files in `folder`, and how well they do.
+
+    `settings` are those of results.json; of them `epochs`, `total_batch`, `seed`, `train_images` and `val_images` count
+    here. `title` begins the lines that are printed, by default `key`. All processes call the methods together.
+    """
+
+    def __init__(self, key, folder, configs, dim, num_classes, settings, sweep, process, title=None):
+        self.key, self.folder, self.configs, self.dim, self.num_classes = key, folder, configs, dim, num_classes
+        self.settings, self.sweep, self.process, self.title = settings, sweep, process, title or key
+        self.epochs, self.scale = settings["epochs"], settings["total_batch"] / 256
+        self.mine = slice(*(len(configs) * r // process.world_size for r in (process.rank, process.rank + 1)))
+        self.heads = LinearHeads(configs[self.mine], dim, num_classes, settings["seed"], process.device)
+        self.last_file, self.best_file = (folder / f"checkpoint_{key}_linear{suffix}.pth" for suffix in ("_last", ""))
+        self.start, self.best, self.now, self.lines = 0, None, None, []
+
+    @property
+    def is_main(self):
+        return self.process.rank == 0
+
+    def prepare(self, load_from, overwrite):
+        """Make the folder; go on from the checkpoint that `--load_from` names, if it is there."""
+        path = self.folder / load_from if load_from and load_from != "auto" else self.last_file
+        if load_from and path.exists():
+            try:
+                self.start, self.best = restore(path, self.heads, self.mine, self.configs, self.scale, self.epochs,
+                                                self.settings, self.sweep)
+            except OtherWeights:
+                if load_from != "auto" or not overwrite:
+                    raise
+                if self.is_main:
+                    print(f"{path} is of other weights: starting over", flush=True)
+        if not self.is_main:
+            return
+        print(f"{self.title}: {len(self.configs)} head(s), {self.dim} features to {self.num_classes} classes; "
+              f"{self.settings['train_images']} training and {self.settings['val_images']} validation images; total batch "
+              f"{self.settings['total_batch']}, rates x {self.scale:g}; starting at epoch {self.start} of {self.epochs}",
+              flush=True)
+        prepare_folder(self.folder, self.folder / "log.txt", self.start)
+        if self.start >= self.epochs:
+            print(f"nothing to do: {path} has finished {self.start} epochs; "
+                  f"best: {describe(self.best['best'], self.configs)}", flush=True)
+
+    def end_epoch(self, epoch, losses):
+        """Note the mean losses of this process's heads in an epoch. Raises FloatingPointError if no head's is finite."""
+        losses = gather_heads(losses, self.process).tolist()
+        if not any(map(math.isfinite, losses)):
+            raise FloatingPointError(f"{self.title}: no head has a finite loss in epoch {epoch}; lower the learning rate")
+        self.lines.append(log_line(epoch, self.configs, self.scale * cosine(epoch, self.epochs), losses, self.sweep))
+
+    def validate(self, epoch, features, labels, speed):
+        """Validate on features [n, F], then write log and checkpoints; `speed` ends the line that is printed."""
+        configs = self.configs
+        scores = gather_heads(self.heads.evaluate(features, labels), self.process).tolist()  # H of [loss, top-1, top-5]
+        if self.num_classes < 5:
+            scores = [(loss, top1, None) for loss, top1, _ in scores]
+        self.lines[-1] |= validation_line(scores, self.sweep)
+        now = {"best": best_head(scores, range(len(configs)), configs, epoch),
+               "best_sweep_lr_only": best_head(scores, [i for i, c in enumerate(configs) if c.is_plain], configs, epoch)}
+        best, self.now = self.best, now["best"]
+        is_best = best is None or now["best"]["top1"] >= best["best"]["top1"]
+        self.best = {name: new if best is None or new["top1"] >= best[name]["top1"] else best[name]
+                     for name, new in now.items()}
+        state = checkpoint_state(self.heads, configs, self.scale, epoch + 1, self.epochs, self.best, self.settings,
+                                 self.sweep, self.process)
+        if self.is_main:
+            utils.save_atomically(state, self.last_file)
+            if is_best:
+                utils.save_atomically(state, self.best_file)
+            with open(self.folder / "log.txt", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            print(f"{self.title}, epoch {epoch}/{self.epochs}: {describe(self.now, configs)}; best so far "
+                  f"{describe(self.best['best'], configs)}; {speed}", flush=True)
+        self.lines = []
+
+    def finish(self, protocol, weights, results_dir):
+        """Print and record the results, once all epochs are done."""
+        if not self.is_main:
+            return
+        metrics = {"best": self.best["best"]} | ({"last": self.now} if self.now else {})
+        if not all(config.is_plain for config in self.configs):
+            metrics["best_sweep_lr_only"] = self.best["best_sweep_lr_only"]
+        for name, record in metrics.items():
+            print(f"{self.title}, {name.replace('_', ' ')}: {describe(record, self.configs)}")
+        print(f"checkpoints: {self.best_file} (best), {self.last_file}", flush=True)
+        append_result(results_dir, protocol, weights, self.key, self.settings, metrics)
+
+
+class HeadsSideBySide:
+    """The heads of several runs, each on its columns of the features [B, sum of F], with one `step` as of `LinearHeads`."""
+
+    def __init__(self, runs, epoch):
+        self.runs, self.epoch = runs, epoch
+
+    def step(self, features, labels, rate_scale):
+        columns = features.split([run.dim for run in self.runs], dim=1)
+        return torch.cat([run.heads.step(own, labels, rate_scale) for run, own in zip(self.runs, columns, strict=True)
+                          if run.start <= self.epoch])
+
+
+def train_runs(runs, batches_of, val_features, val_labels, args, protocol):
+    """Train and validate runs of as many heads each in one pass over the data, to their ends.
+
+    batches_of: a function from the epoch to batches (features [B, sum of F], labels [B]); val_features [n, sum of F]. A run
+    that was stopped after more epochs than others joins when they have caught up.
+    """
+    dims, n, first = [run.dim for run in runs], runs[0].settings["train_images"], min(run.start for run in runs)
+    progress = Progress(n, args.epochs, first)
+    for epoch in range(first, args.epochs):
+        report = partial(progress.report, epoch) if runs[0].is_main else lambda *_: None
+        going = [run for run in runs if run.start <= epoch]
+        rate_scale = runs[0].scale * cosine(epoch, args.epochs)
+        losses = train_epoch(HeadsSideBySide(runs, epoch), batches_of(epoch), rate_scale, report)
+        for run, own in zip(going, losses.split([len(run.heads.rate) for run in going]), strict=True):
+            run.end_epoch(epoch, own)
+        if epoch % args.val_freq and epoch + 1 < args.epochs:
+            continue
+        for run, own in zip(runs, val_features.split(dims, dim=1), strict=True):
+            if run.start <= epoch:
+                run.validate(epoch, own, val_labels, progress.speed(epoch, n))
+    for run in runs:
+        run.finish(protocol, args.pretrained_weights, results_folder(args))
+
+
 def probe(args, configs, protocol, key, folder, backbone, train, val, process):
     """The heads of `configs` on one backbone: training, validations, `log.txt`, checkpoints, a record in results.json."""
-    sweep, main, device = protocol == "linear", process.rank == 0, process.device
     dim = feature_dim(backbone.model, args.n_last_blocks, args.avgpool_patchtokens)
-    num_classes = args.num_labels or len(train.classes)
     total_batch = args.batch_size_per_gpu * process.world_size
-    scale = total_batch / 256
-    mine = slice(*(len(configs) * r // process.world_size for r in (process.rank, process.rank + 1)))
-    heads = LinearHeads(configs[mine], dim, num_classes, args.seed, device)
-    settings = shared_settings(args, backbone, train, val) | {
-        "heads": len(configs), "epochs": args.epochs, "total_batch": total_batch, "augment": args.augment,
-        "seed": args.seed}
-
-    # ============ files ============
-    last_file, best_file = (folder / f"checkpoint_{key}_linear{suffix}.pth" for suffix in ("_last", ""))
-    load_from = folder / args.load_from if args.load_from and args.load_from != "auto" else last_file
-    start, best = 0, None
-    if args.load_from and load_from.exists():
-        try:
-            start, best = restore(load_from, heads, mine, configs, scale, args.epochs, settings, sweep)
-        except OtherWeights:
-            if args.load_from != "auto" or not args.overwrite:
-                raise
-            if main:
-                print(f"{load_from} is of other weights: starting over", flush=True)
-    if main:
-        print(f"{key}: {len(configs)} head(s), {dim} features to {num_classes} classes; {len(train)} training and "
-              f"{len(val)} validation images; total batch {total_batch}, rates x {scale:g}; "
-              f"starting at epoch {start} of {args.epochs}", flush=True)
-        prepare_folder(folder, folder / "log.txt", start)
-    if start >= args.epochs:
-        if main:
-            print(f"nothing to do: {load_from} has finished {start} epochs; "
-                  f"best: {describe(best['best'], configs)}", flush=True)
+    settings = shared_settings(args, backbone, train, val) | probe_settings(args, configs, total_batch)
+    num_classes = args.num_labels or len(train.classes)
+    run = ProbeRun(key, folder, configs, dim, num_classes, settings, protocol == "linear", process)
+    run.prepare(args.load_from, args.overwrite)
+    if run.start >= args.epochs:
         return
-
-    # ============ features ============
     val_features, val_labels = kept_features(args, backbone, val, dim, process)
     if args.augment:
         batches_of = augmented_epochs(args, backbone, train, total_batch, process)
     else:
-        train_features, train_labels = kept_features(args, backbone, train, dim, process)
+        batches_of = kept_epochs(args, *kept_features(args, backbone, train, dim, process), total_batch, process)
+    train_runs([run], batches_of, val_features, val_labels, args, protocol)
 
-        def batches_of(epoch):
-            order = epoch_order(len(train), args.seed, epoch)
-            return kept_batches(train_features, train_labels, order, total_batch, device)
 
-    # ============ training ============
-    lines, progress = [], Progress(len(train), args.epochs, start)
-    for epoch in range(start, args.epochs):
-        rate_scale = scale * cosine(epoch, args.epochs)
-        report = partial(progress.report, epoch) if main else lambda *_: None
-        losses = gather_heads(train_epoch(heads, batches_of(epoch), rate_scale, report), process).tolist()
-        if not any(map(math.isfinite, losses)):
-            raise FloatingPointError(f"{key}: no head has a finite loss in epoch {epoch}; lower the learning rate")
-        lines.append(log_line(epoch, configs, rate_scale, losses, sweep))
-        if epoch % args.val_freq and epoch + 1 < args.epochs:
-            continue
-
-        # ============ validation ============
-        scores = gather_heads(heads.evaluate(val_features, val_labels), process).tolist()  # H of [loss, top-1, top-5]
-        if num_classes < 5:
-            scores = [(loss, top1, None) for loss, top1, _ in scores]
-        lines[-1] |= validation_line(scores, sweep)
-        now = {"best": best_head(scores, range(len(configs)), configs, epoch),
-               "best_sweep_lr_only": best_head(scores, [i for i, c in enumerate(configs) if c.is_plain], configs, epoch)}
-        is_best = best is None or now["best"]["top1"] >= best["best"]["top1"]
-        best = {name: new if best is None or new["top1"] >= best[name]["top1"] else best[name] for name, new in now.items()}
-
-        # ============ files ============
-        state = checkpoint_state(heads, configs, scale, epoch + 1, args.epochs, best, settings, sweep, process)
-        if main:
-            utils.save_atomically(state, last_file)
-            if is_best:
-                utils.save_atomically(state, best_file)
-            with open(folder / "log.txt", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-            print(f"{key}, epoch {epoch}/{args.epochs}: {describe(now['best'], configs)}; best so far "
-                  f"{describe(best['best'], configs)}; {progress.speed(epoch, len(train))}", flush=True)
-        lines = []
-    if main:
-        metrics = {"best": best["best"], "last": now["best"]}
-        if not all(config.is_plain for config in configs):
-            metrics["best_sweep_lr_only"] = best["best_sweep_lr_only"]
-        for name, record in metrics.items():
-            print(f"{key}, {name.replace('_', ' ')}: {describe(record, configs)}")
-        print(f"checkpoints: {best_file} (best), {last_file}", flush=True)
-        append_result(results_folder(args), protocol, args.pretrained_weights, key, settings, metrics)
+def probe_settings(args, configs, total_batch):
+    """What results.json records of how heads were trained."""
+    return {"heads": len(configs), "epochs": args.epochs, "total_batch": total_batch, "augment": args.augment,
+            "seed": args.seed}
 
 
 def kept_features(args, backbone, images, dim, process):
     """Features [n, dim] and labels [n] of centre crops, in every process and on its device if they fit."""
     features, labels = frozen_features(backbone, images, process, args.n_last_blocks, args.avgpool_patchtokens,
                                        args.batch_size_per_gpu, args.num_workers, args.dump_features, args.load_features)
-    features = share_with_all(features, (len(images), dim), torch.float32, process)
-    labels = share_with_all(labels, (len(images),), torch.int64, process)
+    return everywhere(features, labels, (len(images), dim), process)
+
+
+def everywhere(features, labels, shape, process):
+    """Rank 0's features of `shape` and labels, in every process and on its device if they fit."""
+    features = share_with_all(features, shape, torch.float32, process)
+    labels = share_with_all(labels, shape[:1], torch.int64, process)
     return near(features, process.device), near(labels, process.device)
 
 
-def augmented_epochs(args, backbone, train, total_batch, process):
-    """A function from the epoch to its batches of features of random crops (see `image_batches`)."""
+def kept_epochs(args, features, labels, total_batch, process):
+    """A function from the epoch to its batches of the kept features [n, F] and labels [n]."""
+    def batches_of(epoch):
+        return kept_batches(features, labels, epoch_order(len(features), args.seed, epoch), total_batch, process.device)
+    return batches_of
+
+
+def augmented_epochs(args, backbone, train, total_batch, process, model_fn=None):
+    """A function from the epoch to its batches of features of random crops (see `image_batches`).
+
+    model_fn: images [B, 3, S, S] to features [B, F]; by default those that the flags say.
+    """
     model, targets = backbone.model.to(process.device), torch.from_numpy(train.targets)
+    model_fn = model_fn or (lambda images: pool_features(model, images, args.n_last_blocks, args.avgpool_patchtokens))
     shares = ShareOfBatches(len(train), total_batch, process, args.seed)
     loader = DataLoader(AugmentedImages(train, backbone.image_size, args.seed), batch_sampler=shares,
                         num_workers=args.num_workers, pin_memory=process.device.type == "cuda",
@@ -595,6 +675,5 @@ def augmented_epochs(args, backbone, train, total_batch, process):
 
     def batches_of(epoch):
         shares.epoch = epoch
-        return image_batches(loader, targets, lambda images: pool_features(
-            model, images, args.n_last_blocks, args.avgpool_patchtokens), process)
+        return image_batches(loader, targets, model_fn, process)
     return batches_of

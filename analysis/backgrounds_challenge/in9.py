@@ -1,0 +1,52 @@
+"""ImageNet-9 (Xiao et al., 2021): its folders, and ImageNet's classes that belong to its nine."""
+from pathlib import Path
+
+import torch
+from torchvision.transforms import v2
+
+import utils
+from analysis.classifier import require
+from analysis.common import image_folder
+from loader import normalize
+
+WHERE = "https://github.com/MadryLab/backgrounds_challenge"
+DATA = "data/imnet_bg/bg_challenge"
+VARIANTS = ("mixed_next", "mixed_rand", "mixed_same", "no_fg", "only_bg_b", "only_bg_t", "only_fg", "original")
+
+# Indices of ImageNet-1k, first-last or single: dog, bird, vehicle, reptile, carnivore, insect, instrument, primate, fish.
+CLASSES = (
+    "151-170 173-268",
+    "7-24 87-100 127-146",
+    "407-408 428 436 444 468 511 547 555 561 565 569 573 586 603 609 612 627 656 661 665 670-671 675 690 705 717 734 751 "
+    "757 791 802-803 817 820 829 847 864 866-867 870 880",
+    "33-68",
+    "269-280 286-299 356-362 387-388",
+    "300-326",
+    "401-402 420 432 486 494 513 541 546 558 566 577 579 593-594 641-642 683-684 687 699 776 822 875 881 889",
+    "365-384",
+    "0-6 389-397")
+
+
+def class_map():
+    """int64 [1000]: class of ImageNet-9, 0 to 8, of each class of ImageNet; -1 for those that are in none."""
+    numbers = torch.full((1000,), -1)
+    for label, text in enumerate(CLASSES):
+        for part in text.split():
+            first, _, last = part.partition("-")
+            numbers[int(first):int(last or first) + 1] = label
+    return numbers
+
+
+def right(logits, labels):
+    """Whether the class of ImageNet-9 of the largest of all 1000 logits [B, 1000] is the label's: bool [B]."""
+    return class_map().to(logits.device)[logits.argmax(dim=1)] == labels
+
+
+def variant_images(data, variant, transform=None):
+    """The images DATA/VARIANT/val/CLASS/*, labels 0 to 8; by default normalised tensors, not resized."""
+    folder = Path(data) / variant / "val"
+    require(folder, f"{data}/VARIANT/val/CLASS/*.JPEG with the variants {', '.join(VARIANTS)}", WHERE)
+    images = image_folder(folder, transform or v2.Compose([v2.PILToTensor(), normalize]))
+    if len(images.classes) != 9:
+        raise utils.InputError(f"data folder {folder}: {len(images.classes)} class folders, ImageNet-9 has 9 ({WHERE})")
+    return images

@@ -1,0 +1,41 @@
+"""Background change (iBOT, Table 8): accuracy on the eight variants of ImageNet-9.
+
+    python analysis/backgrounds_challenge/in9_eval.py --checkpoint classifier.pth --data-path data/imnet_bg/bg_challenge
+
+The largest of all 1000 outputs is mapped to one of nine classes; classes of ImageNet that belong to none count as wrong.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import utils
+from analysis.backgrounds_challenge.in9 import DATA, VARIANTS, right, variant_images
+from analysis.classifier import accuracy, classifier_parser, record, start
+
+
+def get_args_parser():
+    parser = classifier_parser("Accuracy on the variants of ImageNet-9", DATA, data_flag="--data-path")
+    parser.add_argument("--eval-dataset", dest="variants", choices=VARIANTS, nargs="+", default=list(VARIANTS))
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    process, classifier, backbone = start(args, 1000)
+    sets = {variant: variant_images(args.data, variant) for variant in args.variants}  # all are there before the first runs
+    metrics = {}
+    for variant, images in sets.items():
+        metrics[variant] = 100 * accuracy(classifier, images, args.batch_size, args.num_workers, process, right)
+        if process.rank == 0:
+            print(f"{variant}: {metrics[variant]:.2f} %", flush=True)
+    if {"mixed_same", "mixed_rand"} <= metrics.keys():
+        metrics["bg_gap"] = metrics["mixed_same"] - metrics["mixed_rand"]
+        if process.rank == 0:
+            print(f"background gap (mixed_same - mixed_rand): {metrics['bg_gap']:.2f}", flush=True)
+    if process.rank == 0:
+        record(args, "imagenet9", backbone, {"images": {variant: len(images) for variant, images in sets.items()}}, metrics)
+
+
+if __name__ == "__main__":
+    utils.run(main)

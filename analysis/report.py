@@ -1,0 +1,255 @@
+"""One page about a checkpoint: its pattern layouts, attention, correspondence, part-wise probe and robustness.
+
+    python analysis/report.py --pretrained_weights work_dirs/quickstart/checkpoint.pth
+    python analysis/report.py --pretrained_weights work_dirs/JOB/checkpoint.pth --data_path data/imagenet --probe false
+
+Runs the scripts of analysis/ one after the other and puts their pictures and figures into `index.html` in the output
+folder, one file that needs no network. Images come from DATA/val (DATA itself where it has no val), by default of the
+folder that the checkpoint was trained on. With DATA/train too, heads are trained on frozen features (`--probe`).
+"""
+import base64
+import html
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from analysis import common
+from evaluation.common.arguments import int_from
+from evaluation.common.charts import draw_curves
+
+ROOT = Path(__file__).resolve().parent.parent
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem 1.5rem 4rem }
+body { color: #1b1b1b; background: #fff }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem }
+nav a { margin-right: 1rem } table { border-collapse: collapse } td { padding: .1rem 1rem .1rem 0; vertical-align: top }
+figure { display: inline-block; margin: 0 1rem 1rem 0; max-width: 100%; vertical-align: top }
+img { max-width: 100%; height: auto; border: 1px solid #ddd } figcaption { font-size: .85rem; color: #555 }
+pre { background: #f5f5f5; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem } .error { background: #fde8e8 }
+summary { color: #555; font-size: .85rem; cursor: pointer }
+"""
+
+
+# What the page says above each section.
+TEXTS = {
+    "Clusters of patches":
+        "The clusters with most patches, each by its clearest members: the patch in the middle is tinted, its "
+        "neighbours are there for context. A good network has clusters with a meaning, such as an ear, a wheel or a "
+        "texture. Below, images are explained by the patches that [CLS] attends to most, each with the cluster that "
+        "it belongs to.",
+    "Clusters of images":
+        "The same for whole images, by their [CLS] token.",
+    "Self-attention":
+        "Where [CLS] looks in the last block. From left to right: the image; the patches that hold most of the "
+        "attention, in a colour for each head; a heat map for each head.",
+    "Correspondence between two views":
+        "Two random views of an image. Lines join patches that the network takes for the same, those with most "
+        "attention. The accuracy counts the patches that both views show.",
+    "Correspondence between two images":
+        "Two images of one class, matched in the same way.",
+    "Parts of an image":
+        "Accuracy of a linear classifier on the mean of the k patches that [CLS] attends to most. If few patches do "
+        "as well as all, attention finds what matters.",
+    "Linear classifier":
+        "The best of 45 linear heads on the frozen features, and its file for the tests below.",
+    "Occlusion":
+        "Accuracy of that classifier when parts of the image are dropped: at random, those with most attention "
+        "(salient), or all but these (non-salient). The higher a curve, the less is lost.",
+    "Shuffling":
+        "Its accuracy when the image is cut into cells that change places.",
+}
+
+
+@dataclass
+class Step:
+    """A section of the page: its title, the commands that make it, and which files and printed lines are taken."""
+    title: str
+    commands: list  # of lists: a script below analysis/ and its flags
+    pictures: list  # of (folder, pattern, how many, caption with {} for the number in a file's name)
+    lines: str = "$^"  # regular expression of the lines of output that are shown
+
+
+def get_args_parser():
+    parser = common.analysis_parser("One HTML page about what a checkpoint has learned")
+    parser.set_defaults(data_path=None, num_workers=1)
+    parser.add_argument("--output_dir", help="folder of the page; by default `report` beside the checkpoint")
+    parser.add_argument("--pictures", type=int_from(1), default=6, help="pictures of a kind on the page")
+    parser.add_argument("--probe", type=utils.bool_flag, default=True, help="train heads where there are training images")
+    parser.add_argument("--epochs", type=int_from(1), default=30, help="of these heads")
+    return parser
+
+
+def find_data(path):
+    """(folder with train/ and val/ or None, folder of images to look at) for DATA, DATA/train or another image folder."""
+    path = Path(path)
+    for root in (path, path.resolve().parent):
+        if (root / "val").is_dir() and (root == path or path.name in ("train", "val")):
+            return (root if (root / "train").is_dir() else None), root / "val"
+    return None, path
+
+
+def plan(args, backbone, root, images, out):
+    """The sections of the page, in order."""
+    size, cell, count = backbone.image_size, backbone.patch_size, args.pictures
+    settings = ["--device", args.device, "--num_workers", args.num_workers, "--arch", backbone.arch, "--patch_size", cell]
+    network = ["--pretrained_weights", args.pretrained_weights, "--checkpoint_key", backbone.key, *settings]
+    patterns = ["extract_pattern/extract_topk_cluster.py", "--pretrained_path", *network[1:], "--data_path", images,
+                "--topk", 36, "--show_pics", 18, "--save_path", out / "patterns"]
+    pairs = ["correspondence/visualize_correspondence.py", *network, "--data_path", images, "--show_nums", count,
+             "--topk", min(12, max(1, (size // cell) ** 2 // 3)), "--output_path", out / "correspondence"]
+    sheet = "The largest clusters: rank, number of the cluster, how many {}, and the clearest ones"
+    heads = f"heads 0 to {backbone.model.blocks[-1].attn.num_heads - 1}"
+    larger = 480 if size == 224 and 480 % cell == 0 else size
+    steps = [
+        Step("Clusters of patches", [[*patterns, "--type", "patch"]],
+             [(out / "patterns", "cpatch_overview.png", 1, sheet.format("patches")),
+              (out / "patterns", "explained_idx*.png", count, "Image {}: where [CLS] looks most, and the clusters there")],
+             "clusters of"),
+        Step("Clusters of images", [[*patterns, "--type", "cls"]],
+             [(out / "patterns", "ccls_overview.png", 1, sheet.format("images"))], "clusters of"),
+        Step("Self-attention", [["attention_map/visualize_attention.py", *network, "--data_path", images, "--image_size",
+                                 larger, "--show_pics", count, "--output_dir", out / "attention"]],
+             [(out / "attention", "idx*_attn.png", count, f"Image {{}}: as it is; heads in colour; heat maps of {heads}")]),
+        Step("Correspondence between two views", [[*pairs, "--sample_type", "instance"]],
+             [(out / "correspondence", "instance_corresp*.png", count, "Pair {}: two views of an image")],
+             "matching accuracy"),
+        Step("Correspondence between two images", [[*pairs, "--sample_type", "class"]],
+             [(out / "correspondence", "class_corresp*.png", count, "Pair {}: two images of class {}")])]
+    if root is None or not args.probe:
+        return steps
+
+    ks = sorted({max(1, round(share * (size // cell) ** 2)) for share in (1 / 196, 1 / 28, 1 / 14, 2 / 7, 4 / 7, 1)})
+    linear, robust = out / "linear", out / "robustness"
+    classifier = robust / "classifier.pth"
+    probe = [*network, "--data_path", root, "--augment", "false", "--epochs", args.epochs, "--overwrite", "true"]
+    occlusion = ["occlusion/eval.py", "--pretrained_weights", classifier, *settings, "--test_data", images,
+                 "--output_dir", robust]
+    return steps + [
+        Step("Parts of an image", [["linear_part/eval.py", *probe, "--topk", *ks, "--output_dir", out / "linear_part"]],
+             [(out / "linear_part", "accuracy.png", 1, "")], r"k = \d+, best: top-1"),
+        Step("Linear classifier", [
+            ["../evaluation/eval_linear_multi.py", *probe, "--n_last_blocks", min(4, len(backbone.model.blocks)),
+             "--output_dir", linear],
+            ["combine_ckpt.py", "--checkpoint_backbone", args.pretrained_weights, "--checkpoint_key", backbone.key,
+             "--checkpoint_linear", linear / f"checkpoint_{backbone.key}_linear.pth", "--output_file", classifier]],
+            [], ", best: top-1"),
+        Step("Occlusion", [[*occlusion, "--random_drop", "--dino"]], [(robust, "occlusion.png", 1, "")], "^N?S.5"),
+        Step("Shuffling", [[*occlusion, "--shuffle"]], [(robust, "shuffle.png", 1, "")])]
+
+
+def number_of(path):
+    """Pictures are shown in the order of the numbers in their names."""
+    return [int(number) for number in re.findall(r"\d+", path.name)]
+
+
+def figures(pictures):
+    """HTML of picture files, inside the page itself."""
+    parts = []
+    for folder, pattern, count, caption in pictures:
+        for path in sorted(folder.glob(pattern), key=number_of)[:count]:
+            data = base64.b64encode(path.read_bytes()).decode()
+            kind = "jpeg" if path.suffix == ".jpg" else "png"
+            text = html.escape(caption.format(*number_of(path)))
+            parts.append(f'<figure><img alt="{text or path.stem}" src="data:image/{kind};base64,{data}">'
+                         + (f"<figcaption>{text}</figcaption>" if text else "") + "</figure>")
+    return "\n".join(parts)
+
+
+def run_step(step):
+    """Run the commands of a section. Returns (HTML of the section, error or None)."""
+    shown, commands, error = [], [], None
+    for script, *flags in step.commands:
+        flags = [str(flag) for flag in flags]
+        commands.append(shlex.join(["python", os.path.normpath(f"analysis/{script}"), *flags]))
+        done = subprocess.run([sys.executable, str(ROOT / "analysis" / script), *flags], capture_output=True, text=True)
+        shown += [line for line in done.stdout.splitlines() if re.search(step.lines, line)]
+        if done.returncode:
+            error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
+            break
+    parts = [f"<p>{html.escape(TEXTS[step.title])}</p>"]
+    parts.append(f'<pre class="error">{html.escape(error)}</pre>' if error else figures(step.pictures))
+    if shown:
+        parts.append(f"<pre>{html.escape(chr(10).join(shown))}</pre>")
+    parts.append(f"<details><summary>command</summary><pre>{html.escape(chr(10).join(commands))}</pre></details>")
+    return section(step.title, "\n".join(parts)), error
+
+
+def anchor(title):
+    return re.sub(r"\W+", "-", title.lower())
+
+
+def section(title, content):
+    return f'<section id="{anchor(title)}"><h2>{html.escape(title)}</h2>\n{content}\n</section>'
+
+
+def training_section(folder, out):
+    """The section of the losses and crops of training, from the files beside the checkpoint; None if there is no log."""
+    log = folder / "log.txt"
+    if not log.is_file():
+        return None
+    try:
+        epochs = [json.loads(line) for line in log.read_text().splitlines()]
+        curves = {name: [(epoch["epoch"], epoch[f"train_{key}"]) for epoch in epochs]
+                  for name, key in (("total", "loss"), ("[CLS]", "cls"), ("patches", "patch"))}
+    except (ValueError, KeyError, TypeError):
+        return None  # a log of something else
+    if not epochs:
+        return None
+    draw_curves(curves, "Losses of pre-training", out / "loss.png")
+    return section("Training", figures([
+        (out, "loss.png", 1, ""), (folder / "pictures", "crops.png", 1, "What the student sees: masked patches are grey")]))
+
+
+def page(title, facts, sections):
+    """The whole page."""
+    titles = re.findall(r"<h2>(.*?)</h2>", "".join(sections))
+    links = "\n".join(f'<a href="#{anchor(html.unescape(name))}">{name}</a>' for name in titles)
+    rows = "\n".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts)
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>\n'
+            f"<h1>{html.escape(title)}</h1>\n<table>{rows}</table>\n<nav>{links}</nav>\n" + "\n".join(sections)
+            + "\n</body></html>\n")
+
+
+def main():
+    args = get_args_parser().parse_args()
+    if args.pretrained_weights == "random":
+        raise utils.InputError("--pretrained_weights random: the page is about a checkpoint")
+    backbone, checkpoint = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+    path = Path(args.pretrained_weights)
+    stored = checkpoint.get("args")
+    data = args.data_path or getattr(stored, "data_path", None)
+    if data is None:
+        raise utils.InputError(f"--data_path: is needed, as {path} does not say what it was trained on")
+    root, images = find_data(data)
+    common.image_folder(images)  # its errors before the work
+    out = common.output_folder(args.output_dir or path.parent / "report", "--output_dir")
+    sections, failed = [training_section(path.parent, out)], []
+    for step in plan(args, backbone, root, images, out):
+        start = time.time()
+        content, error = run_step(step)
+        sections.append(content)
+        if error:
+            failed.append(step.title)
+        print(f"{step.title}: {error or 'done'} ({time.time() - start:.0f} s)", flush=True)
+    facts = [("checkpoint", path), ("network", f"{backbone.key}, {backbone.arch}, patches of {backbone.patch_size} pixels"),
+             ("trained for", f"{checkpoint['epoch']} epochs" if "epoch" in checkpoint else "unknown"),
+             ("images", images), ("made", time.strftime("%Y-%m-%d %H:%M"))]
+    target = out / "index.html"
+    target.write_text(page(f"What {path.parent.name or path} has learned", facts, [part for part in sections if part]))
+    print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB; open it in a browser", flush=True)
+    if failed:
+        raise utils.InputError(f"{len(failed)} parts failed, the page says why: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    utils.run(main)
