@@ -23,7 +23,16 @@ from torch.utils.data import DistributedSampler, default_collate
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import InputError, load_checkpoint, locked, save_atomically, say_once
+from utils import (
+    InputError,
+    get_world_size,
+    host_reduce,
+    is_main_process,
+    load_checkpoint,
+    locked,
+    save_atomically,
+    say_once,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -119,6 +128,44 @@ def check_image_folder(path):
         if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
             hint = f"move the images into a sub-folder, one folder per class, e.g. {os.path.join(path, 'all', '')}"
         raise InputError(f"data folder {path}: no class folders in it; {hint}")
+
+
+# ---------------------------------------------------------------- bad images
+
+BAD_IMAGES = "bad_images.txt"
+
+
+def bad_images(dataset, before, device):
+    """Sorted paths of all images found unreadable, by any process, and `before` a resume. All processes call it.
+
+    dataset: has `bad`, uint8 [n], and `bad_files()`, see `ImageFolderMask`.
+    """
+    if get_world_size() > 1:
+        bad = dataset.bad.to(device, copy=True)
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        torch.maximum(dataset.bad, bad.cpu(), out=dataset.bad)  # workers may have found more meanwhile
+    return sorted(before | set(dataset.bad_files()))
+
+
+def write_bad_images(output_dir, names):
+    """List bad images in the output folder. A full disk is a warning."""
+    try:
+        (output_dir / BAD_IMAGES).write_text("\n".join(names) + "\n")
+    except OSError as error:
+        say_once(f"warning: {output_dir / BAD_IMAGES} cannot be written ({error.strerror})")
+
+
+def check_images(dataset, before, most, output_dir, device):
+    """Raise `InputError`, after naming them in a file, when too many images are bad (`--max_bad_images`)."""
+    limit = most * len(dataset) if most < 1 else most
+    if host_reduce(int(dataset.bad.sum()), "sum") + len(before) <= limit:  # some may count twice
+        return
+    bad = bad_images(dataset, before, device)
+    if len(bad) > limit:
+        if is_main_process():
+            write_bad_images(output_dir, bad)
+        raise InputError(f"{len(bad)} of {len(dataset)} images cannot be read, more than --max_bad_images {most:g}; "
+                         f"{output_dir / BAD_IMAGES} has their names")
 
 
 # ---------------------------------------------------------------- listing of an image folder

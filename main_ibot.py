@@ -11,10 +11,7 @@ Letters in shape comments: B images of a batch, G global crops, L local crops, N
 M masked patches of the batch, K outputs of the head, W processes.
 """
 import argparse
-import json
 import math
-import shutil
-import sys
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -31,12 +28,8 @@ import loader
 import models
 import utils
 
-CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
 SIGNS = ("cls_entropy", "cls_kl", "cls_std", "patch_entropy", "patch_cross", "patch_share", "patch_used")
-MAX_DROPPED = 20  # updates in a row; float16's scaler finds its scale in fewer
-BAD_IMAGES = "bad_images.txt"
-SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
 
 
 def get_args_parser():
@@ -101,7 +94,7 @@ def get_args_parser():
     optim.add_argument("--momentum_teacher", default=0.996, type=float, help="EMA momentum at the start; rises to 1")
     optim.add_argument("--on_nonfinite", default="stop", choices=("stop", "skip"),
                        help="losses or gradients that are not finite: end the run, or go on without that update "
-                            f"({MAX_DROPPED} in a row end it too)")
+                            f"({utils.MAX_DROPPED} in a row end it too)")
     optim.add_argument("--use_fp16", default=True, type=flag, help="mixed precision")
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
                        help="auto: bfloat16 on GPUs that have it and CPUs with matrix units for it (AMX), float16 with "
@@ -127,13 +120,13 @@ def get_args_parser():
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default=".", type=str)
     run.add_argument("--load_from", default=None, type=str,
-                     help=f"resume from this file of the output folder, e.g. {CHECKPOINT}; auto: from the newest good one, "
-                          "or a fresh start where there is none")
+                     help=f"resume from this file of the output folder, e.g. {utils.CHECKPOINT}; auto: from the newest "
+                          "good one, or a fresh start where there is none")
     run.add_argument("--overwrite", default=False, type=flag, help="start over in an output folder that holds a run")
     run.add_argument("--saveckp_freq", default=40, type=int,
                      help="also keep checkpointNNNN.pth every so many epochs; 0: never")
     run.add_argument("--save_every_steps", default=0, type=int,
-                     help=f"also save {CHECKPOINT} every so many updates; 0: never")
+                     help=f"also save {utils.CHECKPOINT} every so many updates; 0: never")
     run.add_argument("--save_every_minutes", default=0.0, type=float, help="the same by the clock")
     run.add_argument("--on_save_error", default="continue", choices=("continue", "stop"),
                      help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
@@ -199,16 +192,8 @@ def check_args(args):
          f"--shared_head_teacher {args.shared_head_teacher}, --patch_out_dim must equal --out_dim")
 
     output_dir = Path(args.output_dir)
-    need(not output_dir.exists() or output_dir.is_dir(), f"--output_dir {output_dir} is a file")
     need(not (args.load_from and args.overwrite), "--load_from resumes and --overwrite true starts over: give one of them")
-    if args.load_from:
-        need(args.load_from == "auto" or (output_dir / args.load_from).is_file(),
-             f"--load_from: {output_dir / args.load_from} does not exist")
-    else:
-        held = run_files(output_dir)
-        need(args.overwrite or not held,
-             f"--output_dir {output_dir} already holds a run ({', '.join(p.name for p in held[:3])}): resume with "
-             "--load_from auto, start over with --overwrite true, or choose another folder")
+    utils.check_output(output_dir, args.load_from, args.overwrite, run_files(output_dir))
 
 
 # ---------------------------------------------------------------- the loss
@@ -383,17 +368,6 @@ def build_optimizer(name, parameter_groups, device):
     return utils.LARS(parameter_groups)
 
 
-def choose_amp_dtype(use_fp16, amp_dtype, device):
-    """The autocast type, or None for single precision."""
-    if not use_fp16 or (amp_dtype == "auto" and device.type not in ("cuda", "cpu")):
-        return None
-    if amp_dtype == "auto" and device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None  # others only emulate it
-    if amp_dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return getattr(torch, amp_dtype)
-
-
 def build_schedules(args, steps_per_epoch, total_batch):
     """{"lr", "wd", "momentum"} of every step and {"temp", "patch_temp"} of every epoch; lines about what was shortened."""
     notes = []
@@ -484,7 +458,7 @@ def pretrain(args, signals, at_end):
         ibot_loss.compile()
         photometry = torch.compile(photometry, dynamic=False)
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student), device)
-    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
 
     # ============ resume ============
@@ -501,17 +475,15 @@ def pretrain(args, signals, at_end):
         notes += notes_of_resume(path, checkpoint, args, process, len(dataset), images, progress["step"] * total_batch)
         del checkpoint
     started = start_epoch * steps_per_epoch + progress["step"]
-    if utils.host_reduce(started) != -utils.host_reduce(-started):
-        raise utils.InputError(f"--load_from {args.load_from}: the processes found different checkpoints; "
-                               f"all nodes must see the same {output_dir}")
+    utils.check_same_start(started, args.load_from, output_dir)
 
     writer = None
     if main_process:
-        if args.load_from == "auto" and path == output_dir / PREVIOUS:
-            path = path.replace(output_dir / CHECKPOINT)  # which is damaged: the next save is not to keep that one
-        start_output(output_dir, start_epoch if path else None)
+        if args.load_from == "auto" and path == output_dir / utils.PREVIOUS:
+            path = path.replace(output_dir / utils.CHECKPOINT)  # which is damaged: the next save is not to keep that one
+        utils.start_output(output_dir, start_epoch if path else None, run_files(output_dir))
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
-        at_end.callback(close_writer, writer)
+        at_end.callback(utils.close_writer, writer)
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
@@ -527,14 +499,14 @@ def pretrain(args, signals, at_end):
     bad_before, warned = set(progress["bad"]), set()
 
     def wanted():
-        """What this process wants before the next batch: STOP, SAVE or nothing."""
+        """What this process wants before the next batch: to STOP, to SAVE or nothing."""
         due = main_process and args.save_every_minutes and time.monotonic() - saved_at > 60 * args.save_every_minutes
-        return STOP if signals.received else SAVE if due else 0
+        return utils.STOP if signals.received else utils.SAVE if due else 0
 
     def save_now(epoch, progress):
         """Save the run as it is before update `progress["step"]` of `epoch`; all processes call it. False if that fails."""
         nonlocal saved_at
-        own = {"total_batch": total_batch, "folder": len(dataset), "bad": bad_images(dataset, bad_before, device),
+        own = {"total_batch": total_batch, "folder": len(dataset), "bad": loader.bad_images(dataset, bad_before, device),
                "random": [part.cpu() for part in utils.gather_parts(utils.random_state(device).to(device))]}
         if main_process:
             saved = save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress | own)
@@ -553,11 +525,11 @@ def pretrain(args, signals, at_end):
             except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
         batches = loader.device_batches(data_loader, device, photometry)
-        check = partial(check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
+        check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
             ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),
             steps_per_epoch, schedules, epoch, progress, wanted, save_now, check, amp_dtype, writer, args, device)
-        bad = bad_images(dataset, bad_before, device)
+        bad = loader.bad_images(dataset, bad_before, device)
         if main_process:
             write_logs(output_dir, epoch, stats, writer, bad)
             print(f"epoch {epoch} done: " + "  ".join(f"{k} {v:.4g}" for k, v in stats.items()))
@@ -566,14 +538,14 @@ def pretrain(args, signals, at_end):
             warned = signs.keys()
             if bad:
                 print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(bad[:10])}; all: "
-                      f"{output_dir / BAD_IMAGES}")
+                      f"{output_dir / loader.BAD_IMAGES}")
             print(end="", flush=True)
         progress = new_progress() | {"dropped": progress["dropped"]}
         save_now(epoch + 1, progress)
     if main_process:
         if start_epoch >= args.epochs:
             print(f"nothing to do: {path} has finished {start_epoch} epochs")
-        print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / CHECKPOINT}")
+        print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / utils.CHECKPOINT}")
 
 
 def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, steps, schedules, epoch, progress, wanted,
@@ -585,7 +557,7 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         progress: `new_progress()`, or as a checkpoint had it; kept up to date.
         wanted, save_now, check_images: see `pretrain`; `check_images` is called with each log line.
 
-    Raises `utils.Preempted` at the first batch at which any process wants to STOP, after saving.
+    Raises `utils.Preempted` at the first batch at which any process wants to stop, after saving.
     """
     meters, signs = utils.DeviceMeters(METERS), utils.DeviceMeters(SIGNS)
     waited, since, since_step = 0.0, time.time(), progress["step"]
@@ -599,9 +571,9 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         waited += time.time() - wait_from
         # The hosts agree before each batch, so that all stop at the same one, whichever of them a signal or a stall met.
         want = utils.host_reduce(wanted())
-        if want == STOP:
+        if want == utils.STOP:
             raise utils.Preempted
-        if want == SAVE and first:
+        if want == utils.SAVE and first:
             save_here()
         return batch
 
@@ -610,8 +582,8 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         rows = meters.read()
         for step, row in enumerate(rows, start=epoch * steps + progress["step"] - len(rows)):
             row |= {"lr": float(schedules["lr"][step]), "wd": float(schedules["wd"][step])}
-            count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
-            log_scalars(writer, "step", row, step)
+            utils.count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
+            utils.log_scalars(writer, "step", row, step)
         for row in signs.read():
             share = row.pop("patch_share")
             cross = row.pop("patch_cross")
@@ -621,8 +593,8 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
             else:
                 del row["patch_entropy"], row["patch_used"]
             if "nonfinite" not in row:
-                add_row(progress, row)
-                log_scalars(writer, "step", row, epoch * steps + progress["step"] - 1)
+                utils.add_row(progress, row)
+                utils.log_scalars(writer, "step", row, epoch * steps + progress["step"] - 1)
         return rows
 
     def save_here():
@@ -648,11 +620,7 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
             ibot_loss.teacher_means.clear()  # of batches of this update, which a resumed run computes again
             if before is not None:  # with one batch an update nothing was drawn before the stop
                 utils.set_random_state(before, device)
-            failed = not save_here()
-            if utils.host_reduce(int(failed)):  # also waits for process 0, which a launcher would kill when another ends
-                raise utils.InputError("a signal asked to stop, but the run could not be saved") from None
-            raise utils.Preempted(f"stopped by a signal at epoch {epoch}, step {it}, and saved: the same command with "
-                                  "--load_from auto goes on from there") from None
+            raise utils.stopped(save_here(), epoch, it) from None
         progress["step"] = it + 1
         meters.add(*(means[name] for name in METERS))
         if log_step:
@@ -668,15 +636,15 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
             images_s = (it + 1 - since_step) * len(labels) * utils.get_world_size() / elapsed
             left = (args.epochs * steps - step - 1) * elapsed / (it + 1 - since_step)
             print(f"epoch {epoch}/{args.epochs} [{it + 1:>{len(str(steps))}}/{steps}]  "
-                  + "  ".join(f"{name} {last[name]:.4f} ({mean_of(progress, name):.4f})" for name in METERS[:4])
+                  + "  ".join(f"{name} {last[name]:.4f} ({utils.mean_of(progress, name):.4f})" for name in METERS[:4])
                   + f"  lr {last['lr']:.2e}  wd {last['wd']:.3f}  {images_s:.1f} images/s"
                   f"  data {100 * waited / elapsed:.0f} %  memory {utils.peak_memory_mib(device):.0f} MiB"
                   f"  eta {utils.eta_string(left)}", flush=True)
-            log_scalars(writer, "step", {"images_per_second": images_s}, step)
+            utils.log_scalars(writer, "step", {"images_per_second": images_s}, step)
         waited, since, since_step = 0.0, now, it + 1
         check_images()
 
-    stats = {name: mean_of(progress, name) for name in progress["totals"]}
+    stats = {name: utils.mean_of(progress, name) for name in progress["totals"]}
     labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu().numpy() for parts in (real, predicted))
     if writer:
         stats |= utils.clustering_scores(labels, clusters)
@@ -770,64 +738,12 @@ def new_progress():
             "total_batch": 0, "folder": 0, "random": []}
 
 
-def add_row(progress, row):
-    for name, value in row.items():
-        progress["totals"][name] = progress["totals"].get(name, 0.0) + value
-        progress["counts"][name] = progress["counts"].get(name, 0) + 1
-
-
-def mean_of(progress, name):
-    return progress["totals"][name] / progress["counts"][name] if name in progress["totals"] else math.nan
-
-
-def count_step(progress, step, row, has_scaler, on_nonfinite, quiet):
-    """Add a step's row to the means of the epoch, unless `train_step` dropped the step: then say so, or raise."""
-    failed = row.get("nonfinite")
-    if failed is None:
-        progress["dropped"] = 0
-        return add_row(progress, row)
-    progress["dropped"] += 1
-    if has_scaler and math.isfinite(row["loss"]):  # float16 gradients overflow now and then
-        failed = "float16 gradients overflow"
-    elif on_nonfinite == "stop":
-        raise FloatingPointError(f"not finite at step {step}: {failed} (learning rate {row['lr']:.3g}). The update was not "
-                                 "made, the last checkpoint is intact. --on_nonfinite skip goes on; with float16, try "
-                                 "--amp_dtype bfloat16 or --use_fp16 false")
-    elif not quiet:
-        print(f"warning: step {step} dropped, not finite: {failed}", flush=True)
-    if progress["dropped"] >= MAX_DROPPED:
-        raise FloatingPointError(f"{MAX_DROPPED} updates in a row dropped up to step {step}: {failed}; the last checkpoint "
-                                 "is intact")
-
-
-def log_scalars(writer, group, values, step):
-    if writer is None:
-        return
-    try:
-        for name, value in values.items():
-            if name != "nonfinite":
-                writer.add_scalar(f"{group}/{name}", value, step)
-    except OSError as error:
-        utils.say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
-
-
-def close_writer(writer):
-    try:
-        writer.close()
-    except OSError as error:
-        utils.say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
-
-
 def write_logs(output_dir, epoch, stats, writer, bad):
     """Add an epoch to `log.txt` and TensorBoard, list bad images. A full disk is a warning."""
-    log_scalars(writer, "epoch", stats, epoch)
-    try:
-        with open(output_dir / "log.txt", "a") as file:
-            file.write(json.dumps({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch}) + "\n")
-    except OSError as error:
-        utils.say_once(f"warning: {output_dir / 'log.txt'} cannot be written ({error.strerror})")
+    utils.log_scalars(writer, "epoch", stats, epoch)
+    utils.append_log(output_dir / "log.txt", {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
     if bad:
-        write_bad_images(output_dir, bad)
+        loader.write_bad_images(output_dir, bad)
 
 
 def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
@@ -847,61 +763,18 @@ def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
     return found
 
 
-# ---------------------------------------------------------------- bad images
-
-def bad_images(dataset, before, device):
-    """Sorted paths of all images found unreadable, by any process, and `before` a resume. All processes call it."""
-    if utils.get_world_size() > 1:
-        bad = dataset.bad.to(device, copy=True)
-        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        torch.maximum(dataset.bad, bad.cpu(), out=dataset.bad)  # workers may have found more meanwhile
-    return sorted(before | set(dataset.bad_files()))
-
-
-def write_bad_images(output_dir, names):
-    try:
-        (output_dir / BAD_IMAGES).write_text("\n".join(names) + "\n")
-    except OSError as error:
-        utils.say_once(f"warning: {output_dir / BAD_IMAGES} cannot be written ({error.strerror})")
-
-
-def check_images(dataset, before, most, output_dir, device):
-    """Raise `utils.InputError`, after naming them in a file, when too many images are bad (`--max_bad_images`)."""
-    limit = most * len(dataset) if most < 1 else most
-    if utils.host_reduce(int(dataset.bad.sum()), "sum") + len(before) <= limit:  # some may count twice
-        return
-    bad = bad_images(dataset, before, device)
-    if len(bad) > limit:
-        if utils.is_main_process():
-            write_bad_images(output_dir, bad)
-        raise utils.InputError(f"{len(bad)} of {len(dataset)} images cannot be read, more than --max_bad_images {most:g}; "
-                               f"{output_dir / BAD_IMAGES} has their names")
-
-
 # ---------------------------------------------------------------- files
 
 def checkpoint_files(output_dir):
     """Checkpoints of a run, newest first."""
-    found = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS) if path.exists()]
+    found = [path for path in (output_dir / utils.CHECKPOINT, output_dir / utils.PREVIOUS) if path.exists()]
     return found + sorted(output_dir.glob("checkpoint[0-9]*.pth"), reverse=True)
 
 
 def run_files(output_dir):
     """What a run writes into its folder, as far as it is there."""
-    others = (output_dir / name for name in ("log.txt", "tf_logs", BAD_IMAGES))
+    others = (output_dir / name for name in ("log.txt", "tf_logs", loader.BAD_IMAGES))
     return checkpoint_files(output_dir) + [path for path in others if path.exists()]
-
-
-def start_output(output_dir, epoch):
-    """Make the folder and remove what a killed run left half written; without `epoch` all of an earlier run (see
-    `check_args`), with it what `log.txt` says of that epoch and later ones, which will be run again."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for path in [*output_dir.glob(".checkpoint*.pth.tmp*"), *([] if epoch is not None else run_files(output_dir))]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        utils.trim_log(output_dir / "log.txt", epoch)  # there is none in a fresh start
-    except OSError as error:
-        raise utils.InputError(f"--output_dir {error.filename or output_dir}: {error.strerror}") from error
 
 
 def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress):
@@ -914,10 +787,7 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     def wrapped(network):
         return {f"module.{name}": value for name, value in network.state_dict().items()}
 
-    tensors = [x for module in (student, teacher, ibot_loss) for x in (*module.parameters(), *module.buffers())
-               if x.is_floating_point()]
-    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
-        raise FloatingPointError(f"a weight or centre became non-finite in epoch {epoch}; the last checkpoint is intact")
+    utils.check_finite((student, teacher, ibot_loss), epoch)
     state = {
         "student": wrapped(student),
         "teacher": wrapped(teacher) if teacher.head.has_batch_norm else teacher.state_dict(),
@@ -929,18 +799,15 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     }
     if scaler is not None:
         state["fp16_scaler"] = scaler.state_dict()
-    path = output_dir / CHECKPOINT
+    path = output_dir / utils.CHECKPOINT
     try:
-        utils.save_atomically(state, path, previous=output_dir / PREVIOUS)
+        utils.save_atomically(state, path, previous=output_dir / utils.PREVIOUS)
         finished = epoch - 1  # the reference counts its files so
         if args.saveckp_freq and not progress["step"] and finished > 0 and finished % args.saveckp_freq == 0:
             path = output_dir / f"checkpoint{finished:04}.pth"
             utils.save_atomically(state, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        message = f"{path} could not be written ({utils.one_line(error)}); the checkpoints before it are intact"
-        if args.on_save_error == "stop":
-            raise utils.InputError(message) from error
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        utils.not_saved(path, error, args.on_save_error)
         return False
     return True
 
@@ -950,19 +817,9 @@ def find_checkpoint(output_dir, load_from):
 
     Raises `utils.InputError` when that file is no good, or none of those that there are.
     """
-    paths = checkpoint_files(output_dir) if load_from == "auto" else [output_dir / load_from]
-    for path in paths:
-        try:
-            return path, read_checkpoint(path)
-        except utils.InputError as error:
-            if load_from != "auto":
-                raise
-            if utils.get_rank() == 0:
-                print(f"warning: {error}", file=sys.stderr, flush=True)
-    if paths:
-        raise utils.InputError(f"--load_from auto: none of the {len(paths)} checkpoints in {output_dir} can be used; "
-                               "--overwrite true starts over")
-    return None, None
+    if load_from == "auto":
+        return utils.find_checkpoint(checkpoint_files(output_dir), read_checkpoint)
+    return output_dir / load_from, read_checkpoint(output_dir / load_from)
 
 
 def read_checkpoint(path):
@@ -1005,13 +862,8 @@ def notes_of_resume(path, checkpoint, args, process, folder, images, used):
 
     folder: images in the folder; images: those of the running epoch that were used before; used: whole batches of them.
     """
-    notes = [f"resumed from {path}"]
-    free = {"output_dir", "load_from", "overwrite", "num_workers", "print_freq", "device", "dist_url", "local_rank",
-            "saveckp_freq", "save_every_steps", "save_every_minutes", "on_save_error", "on_bad_image", "max_bad_images"}
-    then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
-    notes += [f"note: --{name} is {value}, the checkpoint's run had {utils.printable(then[name])}"
-              for name, value in vars(args).items()
-              if name not in free and name in then and repr(then[name]) != repr(value)]
+    free = utils.FREE_FLAGS | {"saveckp_freq"}
+    notes = [f"resumed from {path}", *utils.changed_flags(vars(args), checkpoint, free).values()]
     progress = checkpoint.get("progress", {})
     if not images:
         return notes

@@ -18,25 +18,33 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
             imagenet_linear_solo   a linear probe at the rate --lr, in the sub-folder linear_solo/KEY
             imagenet_unsup_cls     unsupervised classification
             imagenet_part_linear   linear probes of the most attended patches, in the sub-folder linear_part/KEY
+            imagenet_cls           fine-tuning with the paper's settings for ARCH, in the sub-folder cls/imnet/KEY; --lr A,B,...
+                                   tries several rates
+            imagenet_semi_cls      fine-tuning on few labels, in semi_cls/SUBSET/KEY: data/imagenet_split, or the part of
+                                   data/imagenet that --train_subset names
+          fine-tuning on other data, in data/{cifar,cars,flwrs,inat/2018,inat/2019}; results in cls/DATA/KEY:
+            cifar_cls, cifar10_cls, cars_cls, flwrs_cls, inat_cls, inat19_cls
 JOB_NAME  results go to work_dirs/JOB_NAME
 ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
 KEY       networks to evaluate: teacher, student, or both with a comma
 GPUS      number of processes
 flags     go to pre-training, or to all the evaluations when TYPE holds no pre-training; --data_path replaces the default folder
 
-Pre-training and linear probes that were interrupted go on when the same command is given again, and finished ones say so:
-they get --load_from auto unless the flags hold --load_from or --overwrite. Several evaluations in one command share the
-features that they extract: they are kept in OUTPUT_DIR/features, unless the flags hold --dump_features or --load_features. SIGTERM, SIGINT and SIGUSR1 reach what runs. The exit
-code is that of the task that failed; 75: pre-training was stopped by a signal and has saved what it needs to go on.
+Pre-training, linear probes and fine-tuning that were interrupted go on when the same command is given again, and finished
+ones say so: they get --load_from auto unless the flags hold --load_from, --resume or --overwrite. Several evaluations of
+frozen features in one command share what they extract: it is kept in OUTPUT_DIR/features, unless the flags hold
+--dump_features or --load_features. SIGTERM, SIGINT and SIGUSR1 reach what runs. The exit code is that of the task that
+failed; 75: training was stopped by a signal and has saved what it needs to go on.
 
 Environment variables:
   DATA_PATH    folder with train/ and val/ (data/imagenet)         OUTPUT_DIR   folder of the results (work_dirs/JOB_NAME)
   PRETRAINED   checkpoint to evaluate (OUTPUT_DIR/checkpoint.pth)
-  AVGPOOL      pooling of the features of k-NN and regression: 0, 1 or 2 (0)
+  AVGPOOL      pooling of the features of k-NN and regression: 0, 1 or 2 (0); of few labels 0 or 1
   LINEAR_AVGPOOL, LINEAR_N_LAST_BLOCKS   of linear probes: pooling and number of blocks (ARCH with `small` or `swin`: 0, 4;
                others: 2, 1)
   MAX_GPUS     limit of processes per node (8)                     GPUS_PER_NODE  processes per node (GPUS, at most MAX_GPUS)
-  TOTAL_NODES, NODE_ID (1, 0)   nodes; node i evaluates the keys i, i + TOTAL_NODES, ...
+  TOTAL_NODES, NODE_ID (1, 0)   nodes; all pre-train and run imagenet_cls together, else node i takes the keys i,
+               i + TOTAL_NODES, ...
   MASTER_ADDR, MASTER_PORT (127.0.0.1, 29500)   where several nodes meet: the address of node 0
   PYTHON       interpreter (python3)
   VENV         environment that quickstart and test use or create (the active one if it has the packages, else .venv)
@@ -44,14 +52,15 @@ Environment variables:
 EOF
 }
 
-TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls imagenet_part_linear"
+TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls \
+imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls"
 
 # The table of tasks; TASKS and the usage list them too.
 #   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
-#   sub-folder of the results, in it one per key (results.json stays in the job's folder); shares: whether its features are
-#   those of other tasks too; fixed: flags of this task alone.
+#   sub-folder of the results, in it one per key (results.json stays in the job's folder); features: of frozen networks,
+#   those `shared` with other tasks, its `own`, or none in fine-tuning; fixed: flags of this task alone.
 task() {
-    runs=per_key data=$imagenet folders="train val" sub='' shares=yes fixed=()
+    runs=per_key data=$imagenet folders="train val" sub='' features=shared fixed=()
     case $1 in
         imagenet_pretrain)    script=main_ibot.py runs=together data=$imagenet/train folders='' ;;
         imagenet_knn)         script=evaluation/eval_knn.py fixed=(--avgpool_patchtokens "${AVGPOOL:-0}") ;;
@@ -59,9 +68,40 @@ task() {
         imagenet_linear)      script=evaluation/eval_linear_multi.py sub=linear fixed=(${linear[@]+"${linear[@]}"}) ;;
         imagenet_linear_solo) script=evaluation/eval_linear.py sub=linear_solo fixed=(${linear[@]+"${linear[@]}"}) ;;
         imagenet_unsup_cls)   script=evaluation/unsupervised/unsup_cls.py ;;
-        imagenet_part_linear) script=analysis/linear_part/eval.py sub=linear_part shares='' fixed=(--topk 1 7 14 56 112 196) ;;
+        imagenet_part_linear) script=analysis/linear_part/eval.py sub=linear_part features=own fixed=(--topk 1 7 14 56 112 196) ;;
+        imagenet_cls)
+            script=evaluation/classification_layer_decay/run_class_finetuning.py runs=together sub=cls/imnet features=''
+            case $arch in  # Tables 2 and 11, for 8 GPUs; the paper has no Swin: the reference's fixed settings
+                *large) fixed=(--epochs 50 --warmup_epochs 5 --layer_decay 0.75 --drop_path 0.4
+                               --batch_size_per_gpu 64 --accum_iter 2) ;;
+                swin*) fixed=(--epochs 100 --warmup_epochs 20 --layer_decay 0.65) ;;
+                *base) fixed=(--epochs 100 --warmup_epochs 20 --layer_decay 0.65 --drop_path 0.2) ;;
+                *) fixed=(--epochs 200 --warmup_epochs 20 --layer_decay 0.75 --drop_path 0.1) ;;
+            esac
+            fixed+=(--lr 1e-3) ;;
+        imagenet_semi_cls)
+            script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} features=''
+            [ -n "$subset" ] || data=${DATA_PATH:-${at}data/imagenet_split}
+            fixed=(--avgpool_patchtokens "${AVGPOOL:-0}" --finetune_head_layer 1 --epochs 1000 --lr 5e-6) ;;
+        cifar_cls)   transfer cifar cifar cifar100 7.5e-6 1000 ;;
+        cifar10_cls) transfer cifar10 cifar cifar10 7.5e-6 1000 ;;
+        cars_cls)    transfer cars cars cars 7.5e-5 1000 ;;
+        flwrs_cls)   transfer flwrs flwrs flowers 7.5e-6 1000 ;;
+        inat_cls)    transfer inat inat/2018 inat2018 "$(small 5e-5 7.5e-6)" 360 --reprob 0.1 ;;
+        inat19_cls)  transfer inat19 inat/2019 inat2019 "$(small 2.5e-5 7.5e-6)" 360 --reprob 0.1 ;;
         *) return 1 ;;
     esac
+}
+
+# transfer SUB FOLDER DATASET LR EPOCHS [flags]: the rest of a row of the table (Table 7, batches of 96).
+transfer() {
+    script=evaluation/eval_cls.py data=${at}data/$2 folders='' sub=cls/$1 features=''
+    fixed=(--dataset "$3" --lr "$4" --epochs "$5" "${@:6}")
+}
+
+# The first of two values if ARCH is a small network, else the second.
+small() {
+    case $arch in *small) echo "$1" ;; *) echo "$2" ;; esac
 }
 
 die() {
@@ -244,16 +284,24 @@ launch() {
     fi
     run "${start[@]}" "$@" || code=$?
     [ "$code" != 0 ] || return 0
-    [ "$name" != imagenet_pretrain ] || stopped "$name" "$code" "$again_with"
+    [ "$name" != imagenet_pretrain ] && { [ -n "$features" ] || [ "$code" != 75 ]; } || stopped "$name" "$code" "$again_with"
     echo "run.sh: $name failed with code $code; nothing after it was run" >&2
     exit "$code"
 }
 
 # run_tasks TYPE JOB_NAME ARCH KEY GPUS [flags]
 run_tasks() {
-    local names=() keys=() extra=() flags=() given=() place=() linear=() kept=() part name i own
-    local script runs data folders sub shares fixed
+    local names=() keys=() extra=() flags=() given=() place=() linear=() kept=() part name i first step own
+    local script runs data folders sub features fixed
     local imagenet=${DATA_PATH:-${at}data/imagenet}
+
+    # The table needs these two; the rest is checked below.
+    local arch=${3-} subset=""
+    if [ $# -gt 5 ]; then
+        subset=$(flag_value --train_subset "${@:6}")
+        [ -n "$subset" ] || [ "${1#*pretrain}" != "$1" ] || subset=$(flag_value --data_path "${@:6}")
+        subset=${subset%/}
+    fi
 
     local rest=$1+ pretrains=""
     while [ -n "$rest" ]; do
@@ -269,7 +317,7 @@ run_tasks() {
         [ $# -ge $i ] || die "missing after TYPE: ${missing//,/ }; usage: ./run.sh TYPE JOB_NAME ARCH KEY GPUS [flags]"
         missing=${missing#*,}
     done
-    local job=$2 arch=$3 gpus=$5
+    local job=$2 gpus=$5
     IFS=, read -r -a keys <<<"${4// /}"
     extra=("${@:6}")
     if [ -z "$job" ] || [ -z "$arch" ] || [ ${#keys[@]} = 0 ]; then die "JOB_NAME, ARCH and KEY must not be empty"; fi
@@ -306,12 +354,17 @@ run_tasks() {
     local dataset=""
     [ -n "$pretrains" ] || dataset=$(flag_value --dataset ${extra[@]+"${extra[@]}"})
     [ "$dataset" != imagefolder ] || dataset=""
+    local download=""
+    for part in ${extra[@]+"${extra[@]}"}; do
+        case $part in --download | --download=*) download=--download ;; esac
+    done
 
     # What is missing shows before the first task starts, not days later.
     if [ "${DRY_RUN:-0}" = 0 ]; then
         for name in "${names[@]}"; do
             task "$name"
             [ -z "$dataset" ] || break
+            [ "$features$download" != --download ] || continue  # it makes its folder
             own=""
             [ -n "$pretrains" ] && [ "$name" != imagenet_pretrain ] || own=$(flag_value --data_path ${extra[@]+"${extra[@]}"})
             for part in "" $folders; do
@@ -328,13 +381,16 @@ run_tasks() {
     again_with=$(quoted bash "$0" "$@")
     if [ -n "$(flag_value --overwrite ${extra[@]+"${extra[@]}"})" ]; then
         again_with="$again_with, without --overwrite"
-    elif [ -z "$(flag_value --load_from ${extra[@]+"${extra[@]}"})" ]; then
+    elif [ -z "$(flag_value --load_from ${extra[@]+"${extra[@]}"})$(flag_value --resume ${extra[@]+"${extra[@]}"})" ]; then
         resume=(--load_from auto)
     fi
 
-    # Each evaluation keeps what it extracts, for the others.
-    i=${#names[@]}
-    [ -z "$pretrains" ] || i=$((i - 1))
+    # Each evaluation of frozen features keeps what it extracts, for the others.
+    i=0
+    for name in "${names[@]}"; do
+        task "$name"
+        if [ "$name" != imagenet_pretrain ] && [ "$features" = shared ]; then i=$((i + 1)); fi
+    done
     if [ "$i" -gt 1 ] && { [ -n "$pretrains" ] ||
         [ -z "$(flag_value --dump_features ${extra[@]+"${extra[@]}"})$(flag_value --load_features ${extra[@]+"${extra[@]}"})" ]; }; then
         kept=(--dump_features "$output/features" --load_features "$output/features")
@@ -346,24 +402,26 @@ run_tasks() {
         if [ -z "$pretrains" ] || [ "$name" = imagenet_pretrain ]; then
             own=$(flag_value --data_path ${extra[@]+"${extra[@]}"})
             given=(${extra[@]+"${extra[@]}"})
-            [ -z "$sub" ] && [ "$runs" = per_key ] || given+=(${resume[@]+"${resume[@]}"})
+            [ -z "$sub" ] && [ "$name" != imagenet_pretrain ] || given+=(${resume[@]+"${resume[@]}"})
         elif [ -n "$sub" ]; then
-            given=(--load_from auto --overwrite true)  # a probe of the network before it was trained on is done again
+            given=(--load_from auto --overwrite true)  # what began with the network before it was trained on is done again
         fi
         if [ -z "$own" ] && [ -z "$dataset" ]; then
             place=(--data_path "$data")
         elif [ -z "$own" ] && [ -n "${DATA_PATH:-}" ]; then
             place=(--data_path "$DATA_PATH")
         fi
-        if [ "$runs" = together ]; then
+        if [ "$name" = imagenet_pretrain ]; then
             launch "$at$script" ${place[@]+"${place[@]}"} --arch "$arch" --output_dir "$output" ${given[@]+"${given[@]}"}
             continue
         fi
-        for ((i = node; i < ${#keys[@]}; i += nodes)); do
+        first=$node step=$nodes
+        [ "$runs" != together ] || first=0 step=1
+        for ((i = first; i < ${#keys[@]}; i += step)); do
             flags=(--output_dir "$output")
             [ -z "$sub" ] || flags=(--output_dir "$output/$sub/${keys[$i]}" --results_dir "$output")
             flags+=(${fixed[@]+"${fixed[@]}"})
-            [ -z "$shares" ] || flags+=(${kept[@]+"${kept[@]}"})
+            [ "$features" != shared ] || flags+=(${kept[@]+"${kept[@]}"})
             flags+=(${given[@]+"${given[@]}"})
             launch "$at$script" --pretrained_weights "$checkpoint" --checkpoint_key "${keys[$i]}" \
                 ${place[@]+"${place[@]}"} --arch "$arch" "${flags[@]}"

@@ -13,6 +13,7 @@ import pickletools
 import platform
 import random
 import re
+import shutil
 import signal
 import stat
 import struct
@@ -764,6 +765,93 @@ def load_pretraining(path):
     return checkpoint
 
 
+# ---------------------------------------------------------------- runs that can be resumed
+
+CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"  # the newest state of a run and the one before
+SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
+# Flags that may change in a resumed run without a word.
+FREE_FLAGS = {"output_dir", "load_from", "overwrite", "num_workers", "print_freq", "device", "dist_url", "local_rank",
+              "save_every_steps", "save_every_minutes", "on_save_error", "on_bad_image", "max_bad_images"}
+
+
+def check_output(folder, load_from, overwrite, held):
+    """Raise InputError when the output folder cannot take a run, or has no checkpoint `load_from` (None: a fresh start;
+    "auto": whatever there is). held: files of another run in it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file")
+    if load_from not in (None, "auto") and not (folder / load_from).is_file():
+        raise InputError(f"--load_from: {folder / load_from} does not exist")
+    if held and not load_from and not overwrite:
+        raise InputError(f"--output_dir {folder} already holds a run ({', '.join(path.name for path in held[:3])}): resume "
+                         "with --load_from auto, start over with --overwrite true, or choose another folder")
+
+
+def start_output(folder, epoch, held):
+    """Make the output folder and remove what a killed run left half written; without `epoch` all files `held` of an earlier
+    run, with it what `log.txt` says of that epoch and later ones, which will be run again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [*folder.glob(".checkpoint*.pth.tmp*"), *(held if epoch is None else ())]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        trim_log(folder / "log.txt", epoch)  # there is none in a fresh start
+    except OSError as error:
+        raise InputError(f"--output_dir {error.filename or folder}: {error.strerror}") from error
+
+
+def find_checkpoint(paths, read):
+    """(path, content) of the first of `paths` that `read` takes; (None, None) if there are none.
+
+    Raises InputError when all of them are bad.
+    """
+    for path in paths:
+        try:
+            return path, read(path)
+        except InputError as error:
+            if get_rank() == 0:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+    if paths:
+        raise InputError(f"--load_from auto: none of the {len(paths)} checkpoints in {paths[0].parent} can be used; "
+                         "--overwrite true starts over")
+    return None, None
+
+
+def check_same_start(step, load_from, folder):
+    """Raise InputError unless all processes are about to start at this step."""
+    if host_reduce(step) != -host_reduce(-step):
+        raise InputError(f"--load_from {load_from}: the processes found different checkpoints; all nodes must see the same "
+                         f"{folder}")
+
+
+def changed_flags(flags, checkpoint, free=FREE_FLAGS):
+    """{name: line that says so} of the `flags` (values by name), but `free` ones, that a checkpoint's run had otherwise."""
+    then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
+    return {name: f"note: --{name} is {value}, the checkpoint's run had {printable(then[name])}"
+            for name, value in flags.items() if name not in free and name in then and repr(then[name]) != repr(value)}
+
+
+def check_finite(modules, epoch):
+    """Raise FloatingPointError unless all weights and buffers are finite: what is not must not replace a checkpoint."""
+    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()]
+    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
+        raise FloatingPointError(f"a weight or centre became non-finite in epoch {epoch}; the last checkpoint is intact")
+
+
+def not_saved(path, error, on_save_error):
+    """Say that a checkpoint could not be written; raises InputError if `--on_save_error` is "stop"."""
+    message = f"{path} could not be written ({one_line(error)}); the checkpoints before it are intact"
+    if on_save_error == "stop":
+        raise InputError(message) from error
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def stopped(saved, epoch, step):
+    """The exception that ends a run after a signal; all processes call it. saved: whether this process could save."""
+    if host_reduce(int(not saved)):  # also waits for process 0, which a launcher would kill when another ends
+        return InputError("a signal asked to stop, but the run could not be saved")
+    return Preempted(f"stopped by a signal at epoch {epoch}, step {step}, and saved: the same command with --load_from "
+                     "auto goes on from there")
+
+
 # ---------------------------------------------------------------- schedules
 
 def cosine_scheduler(base_value, final_value, epochs, steps_per_epoch, warmup_epochs=0, start_warmup_value=0.0):
@@ -834,6 +922,17 @@ def ema_update(teacher_parameters, student_parameters, momentum):
     torch._foreach_lerp_(teacher_parameters, [p.detach() for p in student_parameters], 1.0 - momentum)
 
 
+def choose_amp_dtype(use_fp16, amp_dtype, device):
+    """The autocast type, or None for single precision."""
+    if not use_fp16 or (amp_dtype == "auto" and device.type not in ("cuda", "cpu")):
+        return None
+    if amp_dtype == "auto" and device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None  # others only emulate it
+    if amp_dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return getattr(torch, amp_dtype)
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling with momentum (You et al., 2017).
 
@@ -870,7 +969,64 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-# ---------------------------------------------------------------- logs
+# ---------------------------------------------------------------- progress and logs
+
+MAX_DROPPED = 20  # updates in a row; float16's scaler finds its scale in fewer
+
+
+def add_row(progress, row):
+    """Add the values of a row to the sums of an epoch: `progress` has "totals" and "counts" by name."""
+    for name, value in row.items():
+        progress["totals"][name] = progress["totals"].get(name, 0.0) + value
+        progress["counts"][name] = progress["counts"].get(name, 0) + 1
+
+
+def mean_of(progress, name):
+    return progress["totals"][name] / progress["counts"][name] if name in progress["totals"] else math.nan
+
+
+def count_step(progress, step, row, has_scaler, on_nonfinite, quiet):
+    """Add a step's row to the means of the epoch, unless its update was dropped ("nonfinite" in it): then say so, or raise.
+
+    `progress["dropped"]` counts updates dropped in a row. Raises FloatingPointError by `--on_nonfinite`.
+    """
+    failed = row.get("nonfinite")
+    if failed is None:
+        progress["dropped"] = 0
+        return add_row(progress, row)
+    progress["dropped"] += 1
+    if has_scaler and math.isfinite(row["loss"]):  # float16 gradients overflow now and then
+        failed = "float16 gradients overflow"
+    elif on_nonfinite == "stop":
+        raise FloatingPointError(f"not finite at step {step}: {failed} (learning rate {row['lr']:.3g}). The update was not "
+                                 "made, the last checkpoint is intact. --on_nonfinite skip goes on; with float16, try "
+                                 "--amp_dtype bfloat16 or --use_fp16 false")
+    elif not quiet:
+        print(f"warning: step {step} dropped, not finite: {failed}", flush=True)
+    if progress["dropped"] >= MAX_DROPPED:
+        raise FloatingPointError(f"{MAX_DROPPED} updates in a row dropped up to step {step}: {failed}; the last checkpoint "
+                                 "is intact")
+
+
+def log_scalars(writer, group, values, step):
+    """Values by name to TensorBoard, if there is a writer. A full disk is a warning."""
+    if writer is None:
+        return
+    try:
+        for name, value in values.items():
+            if name != "nonfinite":
+                writer.add_scalar(f"{group}/{name}", value, step)
+    except OSError as error:
+        say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
+
+
+def close_writer(writer):
+    """Write TensorBoard's last events. A full disk is a warning."""
+    try:
+        writer.close()
+    except OSError as error:
+        say_once(f"warning: TensorBoard's events cannot be written ({error.strerror})")
+
 
 def clustering_scores(labels, clusters):
     """Agreement of integer clusters [T] with labels [T]: {"nmi", "ari", "fscore", "adjacc"}.
@@ -933,6 +1089,16 @@ def say_once(text):
     """Print a line on stderr, on process 0, the first time only."""
     if is_main_process():
         print(text, file=sys.stderr, flush=True)
+
+
+def append_log(path, line):
+    """Add a dictionary as a line to a log; numbers that are not finite become null. A full disk is a warning."""
+    line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        say_once(f"warning: {path} cannot be written ({error.strerror})")
 
 
 def trim_log(path, epoch):

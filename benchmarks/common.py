@@ -53,7 +53,7 @@ class Ours:
         self.loss = main_ibot.iBOTLoss(self.args.out_dim, self.args.out_dim, temps, temps).to(device)
         self.optimizer = main_ibot.build_optimizer("adamw", utils.get_params_groups(self.student), device)
         amp = args.amp_dtype != "none"
-        self.amp_dtype = main_ibot.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
+        self.amp_dtype = utils.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
         self.scaler = torch.amp.GradScaler(device.type) if self.amp_dtype == torch.float16 else None
         for network in (self.student, self.teacher):
             network.backbone.set_grad_checkpointing(self.args.grad_checkpointing)

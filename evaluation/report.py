@@ -3,7 +3,7 @@
     python evaluation/report.py --output_dir work_dirs/JOB_NAME   # or ./run.sh report JOB_NAME
 
 Of an evaluation that was repeated with the same settings, the last result counts. Reads results.json and the `log.txt` of
-pre-training and of linear probes; writes `report.md` and `pictures/*.png` beside them.
+pre-training, linear probes and fine-tuning; writes `report.md` and `pictures/*.png` beside them.
 """
 import argparse
 import json
@@ -20,36 +20,44 @@ from evaluation.common.charts import draw_curves
 from evaluation.common.results import read_results
 
 PROTOCOLS = {"knn": "k-NN", "linear": "linear, sweep", "linear_solo": "linear, one rate", "logistic": "logistic regression",
-             "unsupervised": "clusters", "linear_part": "part-wise linear", "imagenet9": "ImageNet-9",
-             "backgrounds_challenge": "adversarial backgrounds", "imagenet_a": "ImageNet-A", "imagenet_c": "ImageNet-C",
-             "occlusion": "occlusion", "shuffle": "shuffled cells"}
-HEADS = ("linear", "linear_solo", "linear_part")  # protocols that train heads
+             "unsupervised": "clusters", "linear_part": "part-wise linear", "finetune": "fine-tuning",
+             "semi_supervised": "few labels", "imagenet9": "ImageNet-9", "backgrounds_challenge": "adversarial backgrounds",
+             "imagenet_a": "ImageNet-A", "imagenet_c": "ImageNet-C", "occlusion": "occlusion", "shuffle": "shuffled cells"}
+TRANSFER = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "inat2018": "iNaturalist 2018", "inat2019": "iNaturalist 2019",
+            "flowers": "Flowers", "cars": "Cars"}
+PROTOCOLS |= {f"transfer_{name}": f"transfer, {title}" for name, title in TRANSFER.items()}
+TRAINED = ("linear", "linear_solo", "linear_part", "finetune", "semi_supervised",
+           *(f"transfer_{name}" for name in TRANSFER))
 
-# The paper's top-1 accuracies on ImageNet-1K (iBOT, Tables 1, 9, 10, 15, 19; random masks: its repository): network, patch
-# (Swin: window), epochs, what is special, k-NN, linear. A network's first row is the one that results stand beside.
+# The paper's top-1 accuracies on ImageNet-1K (iBOT, Tables 1, 2, 3, 9, 10, 15, 19; random masks: its repository): network,
+# patch (Swin: window), epochs, what is special, k-NN, linear, fine-tuned. Results stand beside a network's first row.
 PUBLISHED = (
-    ("vit_small", 16, 800, "", 75.2, 77.9),
-    ("vit_small", 16, 300, "", None, 77.4),
-    ("vit_small", 16, 800, "two crops", 72.4, 76.2),
-    ("vit_small", 16, 300, "two crops", 70.3, 74.8),
-    ("vit_small", 16, 300, "two crops, mask ratio 0.3", 69.1, 74.2),
-    ("vit_small", 16, 160, "pre-trained on ImageNet-22K", 69.3, 76.5),
-    ("vit_small", 16, None, "DINO", 74.5, 77.0),
-    ("swin_tiny", 7, 300, "", 75.3, 78.6),
-    ("swin_tiny", 14, 300, "", 76.2, 79.3),
-    ("vit_base", 16, 400, "", 77.1, 79.5),
-    ("vit_base", 16, 400, "random masks", 77.3, 79.8),
-    ("vit_base", 16, 400, "two crops", 71.2, 76.0),
-    ("vit_base", 16, 80, "pre-trained on ImageNet-22K", 71.1, 79.0),
-    ("vit_base", 16, None, "DINO", 76.1, 78.2),
-    ("vit_large", 16, 250, "", 78.0, 81.0),
-    ("vit_large", 16, 250, "random masks", 77.7, 81.3),
-    ("vit_large", 16, 50, "pre-trained on ImageNet-22K", 72.9, 82.3),
+    ("vit_small", 16, 800, "", 75.2, 77.9, 82.3),
+    ("vit_small", 16, 300, "", None, 77.4, None),
+    ("vit_small", 16, 800, "two crops", 72.4, 76.2, 82.0),
+    ("vit_small", 16, 300, "two crops", 70.3, 74.8, 81.5),
+    ("vit_small", 16, 300, "two crops, mask ratio 0.3", 69.1, 74.2, 81.5),
+    ("vit_small", 16, 160, "pre-trained on ImageNet-22K", 69.3, 76.5, None),
+    ("vit_small", 16, None, "DINO", 74.5, 77.0, 82.0),
+    ("swin_tiny", 7, 300, "", 75.3, 78.6, None),
+    ("swin_tiny", 14, 300, "", 76.2, 79.3, None),
+    ("vit_base", 16, 400, "", 77.1, 79.5, 84.0),
+    ("vit_base", 16, 400, "random masks", 77.3, 79.8, 84.1),
+    ("vit_base", 16, 400, "two crops", 71.2, 76.0, None),
+    ("vit_base", 16, 80, "pre-trained on ImageNet-22K", 71.1, 79.0, 84.4),
+    ("vit_base", 16, None, "DINO", 76.1, 78.2, 83.6),
+    ("vit_large", 16, 250, "", 78.0, 81.0, 84.8),
+    ("vit_large", 16, 250, "random masks", 77.7, 81.3, 85.0),
+    ("vit_large", 16, 50, "pre-trained on ImageNet-22K", 72.9, 82.3, 86.6),
 )
 TRAIN_IMAGES, VAL_IMAGES = 1281167, 50000
 # ViT-S/16 with 1 % and 10 % of the labels (Table 12); its clusters with 1000 outputs (Table 5).
 SUBSET_IMAGES = (12811, 128116)
 PUBLISHED_SUBSETS = {"knn": (62.3, 70.1), "linear": (62.5, 72.2), "linear_solo": (62.5, 72.2), "logistic": (65.9, 73.4)}
+PUBLISHED_FEW_LABELS = {0: (55.0, 74.0), 1: (61.9, 75.1)}  # fine-tuned (Table 4), by --finetune_head_layer
+PUBLISHED_TRANSFER = {  # Table 7
+    ("vit_small", 16): dict(zip(TRANSFER, (99.1, 90.7, 73.7, 78.5, 98.6, 94.0), strict=True)),
+    ("vit_base", 16): dict(zip(TRANSFER, (99.2, 92.2, 74.6, 79.6, 98.9, 94.3), strict=True))}
 PUBLISHED_CLUSTERS = {"acc": 43.4, "ari": 32.8, "nmi": 78.6, "fmi": 35.6}
 
 
@@ -97,14 +105,15 @@ def variants(record):
     parts = {name: values for name, values in metrics.items() if isinstance(values, dict) and numbers(values)}
     parts = ({"": metrics} if numbers(metrics) or not parts else {}) | parts
     best = max(parts, key=lambda name: numbers(parts[name]).get("top1", -math.inf), default=None)
-    if protocol in HEADS:
+    if protocol in TRAINED:
         best = "best"
     elif protocol == "unsupervised":
         best = "head"
     result = []
     for name, values in parts.items():
         text = {"knn": f"k = {name}", "logistic": f"lambda {name}"}.get(protocol, name.replace("_", " "))
-        if protocol in HEADS:
+        if protocol in TRAINED:
+            values = values if "lr" in values else values | {"lr": record["settings"].get("lr")}
             text += "".join(f", {what} {value:g}" for what, value in numbers(values).items() if what in ("epoch", "lr"))
             if values.get("optimizer", "sgd") != "sgd" or values.get("weight_decay"):
                 text += f", {values.get('optimizer')}, decay {values.get('weight_decay')}"
@@ -115,17 +124,22 @@ def variants(record):
 def paper(record):
     """({metric: the paper's number} for what a record measures, does it compare?); no numbers where the paper has none."""
     protocol, settings, which = record["protocol"], record["settings"], network(record)
+    if protocol.startswith("transfer_"):
+        found = PUBLISHED_TRANSFER.get(which, {}).get(protocol.removeprefix("transfer_"))
+        return ({} if found is None or settings.get("train_subset") else {"top1": found}), True
     if settings.get("dataset", "imagefolder") != "imagefolder":
         return {}, False
     train, compares = settings.get("train_images"), settings.get("val_images") == VAL_IMAGES
     if protocol == "unsupervised":
         return (PUBLISHED_CLUSTERS if which == ("vit_small", 16) else {}), compares
-    if settings.get("train_subset"):
+    if settings.get("train_subset") or protocol == "semi_supervised":
         places = [i for i, images in enumerate(SUBSET_IMAGES) if isinstance(train, int) and abs(train / images - 1) < 0.02]
-        if not places or protocol not in PUBLISHED_SUBSETS or which != ("vit_small", 16):
-            return {}, False
-        return {"top1": PUBLISHED_SUBSETS[protocol][places[0]]}, compares
-    column = {"knn": 4, "linear": 5, "linear_solo": 5}.get(protocol)
+        found = (PUBLISHED_FEW_LABELS.get(settings.get("finetune_head_layer")) if protocol == "semi_supervised"
+                 else PUBLISHED_SUBSETS.get(protocol))
+        return ({"top1": found[places[0]]} if places and found and which == ("vit_small", 16) else {}), compares
+    column = {"knn": 4, "linear": 5, "linear_solo": 5, "finetune": 6}.get(protocol)
+    if protocol == "finetune" and settings.get("image_size", 224) != 224:
+        return {}, False
     value = next((row[column] for row in PUBLISHED if column and row[:2] == which), None)
     return ({} if value is None else {"top1": value}), compares and train == TRAIN_IMAGES
 
@@ -186,8 +200,9 @@ def published_table(records):
     if ("vit_small", 16) in networks:
         for share, knn, linear, logistic in zip(("1 %", "10 %"), *(PUBLISHED_SUBSETS[name] for name in (
                 "knn", "linear", "logistic")), strict=True):
-            found.append(("vit_small", 16, 800, f"{share} of the labels (logistic regression {logistic})", knn, linear))
-    return [["network", "epochs", "", "k-NN", "linear"]] + [
+            found.append(("vit_small", 16, 800, f"{share} of the labels (logistic regression {logistic})", knn, linear,
+                          PUBLISHED_FEW_LABELS[1][share == "10 %"]))
+    return [["network", "epochs", "", "k-NN", "linear", "fine-tuned"]] + [
         [f"{arch}/{size}", str(epochs or "-"), what, *(f"{value:.1f}" if value else "-" for value in accuracies)]
         for arch, size, epochs, what, *accuracies in found]
 
@@ -241,16 +256,19 @@ def curves(folder):
         series = {name: [(epoch, values[f"train_{key}"]) for epoch, values in epochs.items() if f"train_{key}" in values]
                   for key, name in (("loss", "total"), ("cls", "[CLS]"), ("patch", "patch"))}
         pictures["losses"] = "Losses of pre-training", series
-    heads = {"linear": {}, "linear_part": {}}
-    for kind in HEADS:  # sub-folders of run.sh, with one per key
-        series = heads["linear_part" if kind == "linear_part" else "linear"]
-        for path in sorted((folder / kind).glob("**/log.txt")):
-            key = path.parent.relative_to(folder / kind).as_posix()
-            top1 = {epoch: [value for name, value in values.items() if re.fullmatch(r"test_acc(1|\d+@1)", name)]
-                    for epoch, values in read(path).items()}
-            series[f"{key}, {PROTOCOLS[kind]}"] = [(epoch, max(found)) for epoch, found in top1.items() if found]
-    for name, what in (("linear", "linear probes"), ("linear_part", "part-wise linear probes")):
-        pictures[name] = f"Top-1 accuracy of {what} in percent (of a sweep: the epoch's best head)", heads[name]
+    for picture, title, kinds in (  # sub-folders of run.sh, with one per key
+            ("linear", "Top-1 accuracy of linear probes in percent (of a sweep: the epoch's best head)",
+             {kind: f", {PROTOCOLS[kind]}" for kind in ("linear", "linear_solo")}),
+            ("linear_part", "Top-1 accuracy of part-wise linear probes in percent", {"linear_part": ""}),
+            ("finetuning", "Top-1 accuracy of fine-tuned networks in percent", {"cls": "", "semi_cls": ", few labels"})):
+        series = {}
+        for kind, what in kinds.items():
+            for path in sorted((folder / kind).glob("**/log.txt")):
+                key = path.parent.relative_to(folder / kind).as_posix()
+                top1 = {epoch: [value for name, value in values.items() if re.fullmatch(r"test_acc(1|\d+@1)", name)]
+                        for epoch, values in read(path).items()}
+                series[f"{key}{what}"] = [(epoch, max(found)) for epoch, found in top1.items() if found]
+        pictures[picture] = title, series
     pictures = {name: (title, {what: points for what, points in series.items() if points})
                 for name, (title, series) in pictures.items()}
     return {name: picture for name, picture in pictures.items() if picture[1]}, notes

@@ -1,6 +1,8 @@
 import os
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +46,20 @@ def call():
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
     return call
+
+
+@pytest.fixture
+def file_limit():
+    """file_limit(bytes): no file may grow beyond; as on a full disk, a write fails half-way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def wait_for(condition, process, seconds=120):
+    """Until `condition()` is true, while the process `process` runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -17,7 +17,7 @@ import loader
 import main_ibot
 import utils
 from benchmarks.faults import children, differences, everything
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_for
 
 TINY = ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_size", "16", "--device", "cpu",
         "--local_crops_number", "2", "--out_dim", "64", "--patch_out_dim", "64", "--batch_size_per_gpu", "16", "--epochs", "2",
@@ -139,14 +139,6 @@ def start(*words, processes=1, **options):
     words = [sys.executable, *launcher, *options.pop("launcher_flags", []), "main_ibot.py", *TINY, *map(str, words)]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, **options)
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_kill_while_saving(digits, tmp_path):
@@ -280,14 +272,6 @@ def test_flipped_byte_is_noticed(whole, tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes(data)
     with pytest.raises(utils.InputError, match="checkpoint.pth"):
         utils.load_checkpoint(tmp_path / "checkpoint.pth")
-
-
-@pytest.fixture
-def file_limit():
-    """file_limit(bytes): no file may grow beyond; as on a full disk, a write fails half-way."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_disk_full_while_saving(whole, digits, tmp_path, capsys, file_limit):

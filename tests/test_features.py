@@ -11,10 +11,10 @@ import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
+from analysis_data import nano
 from torch import multiprocessing
 
 import extract_backbone_weights
-import models
 import utils
 from evaluation import eval_knn, eval_logistic_regression
 from evaluation.common import features as module
@@ -25,14 +25,6 @@ from evaluation.unsupervised import unsup_cls
 from models.head import iBOTHead
 
 ALONE = utils.Process(0, 1, 0, torch.device("cpu"))
-
-
-def nano(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    model = models.build_backbone("vit_nano", patch_size=8, img_size=32, **kwargs).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -375,14 +375,14 @@ def test_mixed_precision_is_on_where_asked(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     for has_it, expected in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_it=has_it: has_it)
-        assert main_ibot.choose_amp_dtype(True, "auto", cpu) is expected
-    assert main_ibot.choose_amp_dtype(True, "auto", torch.device("mps")) is None
-    assert main_ibot.choose_amp_dtype(True, "bfloat16", cpu) is torch.bfloat16
-    assert main_ibot.choose_amp_dtype(False, "bfloat16", cuda) is None
+        assert utils.choose_amp_dtype(True, "auto", cpu) is expected
+    assert utils.choose_amp_dtype(True, "auto", torch.device("mps")) is None
+    assert utils.choose_amp_dtype(True, "bfloat16", cpu) is torch.bfloat16
+    assert utils.choose_amp_dtype(False, "bfloat16", cuda) is None
     for has_it, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
-        assert main_ibot.choose_amp_dtype(True, "auto", cuda) is expected
-        assert main_ibot.choose_amp_dtype(True, "float16", cuda) is torch.float16
+        assert utils.choose_amp_dtype(True, "auto", cuda) is expected
+        assert utils.choose_amp_dtype(True, "float16", cuda) is torch.float16
     student, teacher = main_ibot.build_networks(parse("--shared_head", "true"))
     seen = {}
     student.head.last_layer.register_forward_hook(lambda m, i, out: seen.update(logits=out.dtype))

@@ -143,7 +143,7 @@ def test_results_beside_the_papers(tmp_path, capsys):
     assert kmeans[5] == "-"
     [regression] = rows(text, "logistic regression")
     assert regression[3:7] == ["lambda 0.1", "65.00", "80.00", "65.9"]
-    assert ["vit_small/16", "800", "", "75.2", "77.9"] in rows(text, "vit_small/16")
+    assert ["vit_small/16", "800", "", "75.2", "77.9", "82.3"] in rows(text, "vit_small/16")
     # The terminal shows the same numbers; what repeats is left out.
     for number in ("75.12  90.00  75.2", "77.75  93.50  77.9", "43.4, ari 32.8", "1 % of the labels"):
         assert number in printed
@@ -158,10 +158,17 @@ def test_results_beside_the_papers(tmp_path, capsys):
     ("linear_solo", {"arch": "swin_tiny", "patch_size": 4}, "78.6"), ("linear", {"arch": "swin_tiny", "window_size": 14}, "79.3"),
     ("knn", {"train_subset": "0.1", "train_images": 128119}, "70.1"), ("linear", {"train_subset": "0.5", "train_images": 640583}, "-"),
     ("knn", {"train_subset": "a", "train_images": 12811, "arch": "vit_base"}, "-"), ("logistic", {}, "-"),
-    ("fine-tuning", {}, "-"), ("knn", {"arch": None}, "-"),
+    ("fine-tuning", {}, "-"), ("knn", {"arch": None}, "-"), ("finetune", {}, "82.3"), ("finetune", {"arch": "vit_large"}, "84.8"),
+    ("finetune", {"image_size": 384}, "-"), ("finetune", {"arch": "swin_tiny", "train_images": 120}, "-"),
+    ("semi_supervised", {"train_images": 12811, "finetune_head_layer": 1}, "61.9"),
+    ("semi_supervised", {"train_subset": "0.1", "train_images": 128119, "finetune_head_layer": 0, "val_images": 9}, "(74.0)"),
+    ("semi_supervised", {"finetune_head_layer": 1}, "-"), ("semi_supervised", {"train_images": 12811, "finetune_head_layer": 2}, "-"),
+    ("transfer_cifar10", {"dataset": "cifar10", "train_images": 50000}, "99.1"),
+    ("transfer_inat2019", {"dataset": "inat2019", "arch": "vit_base", "train_images": 1}, "79.6"),
+    ("transfer_cars", {"dataset": "cars", "arch": "vit_large"}, "-"), ("transfer_flowers", {"train_subset": "0.1"}, "-"),
 ])
 def test_which_number_of_the_paper(tmp_path, capsys, protocol, changed, shown):
-    record(tmp_path, protocol, LINEAR if protocol.startswith("linear") else KNN, **changed)
+    record(tmp_path, protocol, LINEAR if protocol in report.TRAINED else KNN, **changed)
     printed, text = run(tmp_path, capsys)
     column = [row[6] for row in rows(text, "teacher")]
     assert [cell for cell in column if cell != "-"] == ([] if shown == "-" else [shown])
@@ -217,7 +224,8 @@ def test_curves(tmp_path, capsys):
     lines.append(lines[1] | {"train_loss": 3.5})  # a resumed run said it again
     (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "tra')
     for folder, line in (("linear/teacher", {"test_acc0@1": 20, "test_acc1@1": 30, "test_acc1@5": 90, "test_loss1": 95}),
-                         ("linear_solo/teacher", {"test_acc1": 25.0, "test_acc5": 80})):
+                         ("linear_solo/teacher", {"test_acc1": 25.0, "test_acc5": 80}),
+                         ("cls/imnet/teacher/lr_0.001", {"test_acc1": 81.0}), ("semi_cls/0.01/teacher", {"test_acc1": 60.0})):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "log.txt").write_text("".join(json.dumps(line | {"epoch": e}) + "\n" for e in range(2))
                                                    + json.dumps({"epoch": 2, "train_loss0": None}) + "\n")
@@ -226,6 +234,8 @@ def test_curves(tmp_path, capsys):
     assert series == {"total": [(0, 9), (1, 3.5), (2, 7)], "[CLS]": [(0, 5), (1, 4.5), (2, 4)], "patch": [(0, 4), (1, 3.5), (2, 3)]}
     _, series = pictures["linear"]
     assert series == {"teacher, linear, sweep": [(0, 30), (1, 30)], "teacher, linear, one rate": [(0, 25), (1, 25)]}
+    _, series = pictures["finetuning"]
+    assert series == {"imnet/teacher/lr_0.001": [(0, 81), (1, 81)], "0.01/teacher, few labels": [(0, 60), (1, 60)]}
     assert len(notes) == 1 and "log.txt: 1 line(s)" in notes[0]
     printed, text = run(tmp_path, capsys)
     assert notes[0] in printed
@@ -233,7 +243,7 @@ def test_curves(tmp_path, capsys):
         with Image.open(tmp_path / name) as image:
             assert image.format == "PNG" and image.size == charts.SIDE
             assert len(image.getcolors(2**20)) > 20  # axes, text and lines
-    assert len(re.findall(r"!\[", text)) == 2
+    assert len(re.findall(r"!\[", text)) == 3
 
 
 @pytest.mark.parametrize("points", [

@@ -191,6 +191,87 @@ def test_other_data_sets_have_other_folders(repository):
     assert flag(command, "--data_path") == "data/imagenet"
 
 
+FINETUNING = ["--lr", "1e-3"]
+
+
+@pytest.mark.parametrize("arch, flags", [
+    ("vit_small", ["--epochs", "200", "--warmup_epochs", "20", "--layer_decay", "0.75", "--drop_path", "0.1"]),
+    ("vit_base", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65", "--drop_path", "0.2"]),
+    ("vit_large", ["--epochs", "50", "--warmup_epochs", "5", "--layer_decay", "0.75", "--drop_path", "0.4", "--batch_size_per_gpu", "64",
+                   "--accum_iter", "2"]),
+    ("swin_base", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65"])])
+def test_fine_tuning_on_imagenet(repository, arch, flags):
+    [command] = commands(repository, "imagenet_cls", "job", arch, "teacher", 8, "--lr", "8e-4,2e-3")
+    assert command == [*LAUNCH, "--standalone", "--nproc_per_node", "8",
+                       "evaluation/classification_layer_decay/run_class_finetuning.py", "--pretrained_weights",
+                       "work_dirs/job/checkpoint.pth", "--checkpoint_key", "teacher", "--data_path", "data/imagenet", "--arch", arch,
+                       "--output_dir", "work_dirs/job/cls/imnet/teacher", "--results_dir", "work_dirs/job", *flags, *FINETUNING,
+                       "--lr", "8e-4,2e-3", "--load_from", "auto"]
+    # All nodes take part, for one key after the other.
+    for node in "01":
+        found = commands(repository, "imagenet_cls", "job", arch, "teacher,student", 8, TOTAL_NODES="2", NODE_ID=node)
+        assert [flag(command, "--checkpoint_key") for command in found] == ["teacher", "student"]
+        assert all(flag(command, "--nnodes") == "2" and flag(command, "--node_rank") == node for command in found)
+
+
+@pytest.mark.parametrize("kind, arch, dataset, path, folder, lr, epochs, more", [
+    ("cifar_cls", "vit_small", "cifar100", "cifar", "cifar", "7.5e-6", "1000", []),
+    ("cifar10_cls", "vit_base", "cifar10", "cifar", "cifar10", "7.5e-6", "1000", []),
+    ("cars_cls", "vit_small", "cars", "cars", "cars", "7.5e-5", "1000", []),
+    ("flwrs_cls", "vit_base", "flowers", "flwrs", "flwrs", "7.5e-6", "1000", []),
+    ("inat_cls", "vit_small", "inat2018", "inat/2018", "inat", "5e-5", "360", ["--reprob", "0.1"]),
+    ("inat_cls", "vit_base", "inat2018", "inat/2018", "inat", "7.5e-6", "360", ["--reprob", "0.1"]),
+    ("inat19_cls", "deit_small", "inat2019", "inat/2019", "inat19", "2.5e-5", "360", ["--reprob", "0.1"]),
+    ("inat19_cls", "vit_base", "inat2019", "inat/2019", "inat19", "7.5e-6", "360", ["--reprob", "0.1"])])
+def test_transfer(repository, kind, arch, dataset, path, folder, lr, epochs, more):
+    [command] = commands(repository, kind, "job", arch, "student", 1, DATA_PATH="imagenet's")
+    assert command == ["python3", "evaluation/eval_cls.py", "--pretrained_weights", "work_dirs/job/checkpoint.pth", "--checkpoint_key",
+                       "student", "--data_path", f"data/{path}", "--arch", arch, "--output_dir", f"work_dirs/job/cls/{folder}/student",
+                       "--results_dir", "work_dirs/job", "--dataset", dataset, "--lr", lr, "--epochs", epochs, *more,
+                       "--load_from", "auto"]
+    # Missing data show before the start, unless they are to be fetched.
+    (repository / "work_dirs/job").mkdir(parents=True)
+    (repository / "work_dirs/job/checkpoint.pth").touch()
+    python = fake_python(repository / "bin", 0)
+    assert f"{kind}: no folder data/{path}" in error(call(repository, kind, "job", arch, "student", 1, path=python))
+    assert call(repository, kind, "job", arch, "student", 1, "--download", path=python).returncode == 0
+
+
+def test_few_labels(repository):
+    def found(*words, **variables):
+        [command] = commands(repository, "imagenet_semi_cls", "job", "vit_small", "teacher", 1, *words, **variables)
+        assert command[1] == "evaluation/semi_supervised/eval_cls.py" and flag(command, "--results_dir") == "work_dirs/job"
+        return command[command.index("--data_path") + 1], flag(command, "--output_dir").removeprefix("work_dirs/job/")
+    assert found() == ("data/imagenet_split", "semi_cls/teacher")
+    assert found(DATA_PATH="mine")[0] == "mine"
+    # Subsets have a folder each.
+    assert found("--train_subset", "lists/1percent.txt") == ("data/imagenet", "semi_cls/1percent.txt/teacher")
+    assert found("--train_subset=0.1") == ("data/imagenet", "semi_cls/0.1/teacher")
+    assert found("--data_path", "data/imagenet_1p_split/") == ("data/imagenet_1p_split/", "semi_cls/imagenet_1p_split/teacher")
+    [command] = commands(repository, "imagenet_semi_cls", "job", "vit_small", "teacher", 1, "--resume", "auto", AVGPOOL="1")
+    assert command[-10:] == ["--avgpool_patchtokens", "1", "--finetune_head_layer", "1", "--epochs", "1000", "--lr", "5e-6",
+                             "--resume", "auto"]
+
+
+def test_fine_tuning_with_other_tasks(repository):
+    """It reads no kept features; after pre-training it has the recipe's own flags and starts over."""
+    pretrain, knn, finetune, cifar = commands(repository, "imagenet_pretrain+imagenet_knn+imagenet_cls+cifar_cls", "job", "vit_small",
+                                              "teacher", 1, "--epochs", "3")
+    assert flag(pretrain, "--epochs") == "3" and not any("features" in word for word in knn + finetune + cifar)
+    for command, epochs in ((finetune, "200"), (cifar, "1000")):
+        assert flag(command, "--epochs") == epochs and command[-4:] == ["--load_from", "auto", "--overwrite", "true"]
+    knn, linear, finetune = commands(repository, "imagenet_knn+imagenet_linear+imagenet_cls", "job", "vit_small", "teacher", 1)
+    assert "--dump_features" in knn and "--dump_features" in linear and "--dump_features" not in finetune
+
+
+def test_a_stopped_fine_tuning_says_how_to_go_on(repository):
+    (repository / "work_dirs/job").mkdir(parents=True)
+    (repository / "work_dirs/job/checkpoint.pth").touch()
+    (repository / "data/cifar").mkdir(parents=True)
+    result = call(repository, "cifar_cls", "job", "vit_small", "teacher", 1, path=fake_python(repository / "bin", 75))
+    assert result.returncode == 75 and "cifar_cls was stopped (code 75); to go on: bash" in result.stderr
+
+
 def test_report(repository):
     assert commands(repository, "report", "my job") == [["python3", "evaluation/report.py", "--output_dir", "work_dirs/my job"]]
     [command] = commands(repository, "report", "job", OUTPUT_DIR="out")

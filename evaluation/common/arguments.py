@@ -16,8 +16,11 @@ def int_from(minimum):
     return parse
 
 
-def evaluation_parser(description):
-    """An `ArgumentParser` with the shared flags; a protocol adds its own and overrides defaults with `set_defaults`."""
+def evaluation_parser(description, frozen=True):
+    """An `ArgumentParser` with the shared flags; a protocol adds its own and overrides defaults with `set_defaults`.
+
+    frozen: with the flags of features that are extracted once.
+    """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     backbone = parser.add_argument_group("backbone")
@@ -29,14 +32,8 @@ def evaluation_parser(description):
     backbone.add_argument("--patch_size", type=int_from(1), help="of a ViT; by default the checkpoint's own, else 16")
     backbone.add_argument("--window_size", type=int_from(1), help="of a Swin; by default the checkpoint's own, else 7")
 
-    features = parser.add_argument_group("features")
-    features.add_argument("--n_last_blocks", type=int_from(1), default=1,
-                          help="blocks whose [CLS] tokens are concatenated")
-    features.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1, 2), default=0,
-                          help="0: [CLS] tokens; 1: mean patch token of the last block, not normed; 2: both, normed")
-    features.add_argument("--dump_features", metavar="DIR", help="folder to keep the extracted features in")
-    features.add_argument("--load_features", metavar="DIR",
-                          help="use the features kept there if they fit weights, images and settings, else say why not")
+    if frozen:
+        _add_features(parser.add_argument_group("features"))
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=DATASETS, default="imagefolder",
@@ -62,6 +59,16 @@ def evaluation_parser(description):
     # Old launchers pass it; the environment says the same.
     run.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_features(features):
+    features.add_argument("--n_last_blocks", type=int_from(1), default=1,
+                          help="blocks whose [CLS] tokens are concatenated")
+    features.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1, 2), default=0,
+                          help="0: [CLS] tokens; 1: mean patch token of the last block, not normed; 2: both, normed")
+    features.add_argument("--dump_features", metavar="DIR", help="folder to keep the extracted features in")
+    features.add_argument("--load_features", metavar="DIR",
+                          help="use the features kept there if they fit weights, images and settings, else say why not")
 
 
 def checkpoint_keys(weights, text):

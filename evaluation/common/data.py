@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 import torchvision.datasets
 from PIL import Image
 from torch.utils.data import Dataset
@@ -41,6 +42,8 @@ def eval_transform(size):
 class ImageSet(Dataset):
     """One part of a data set, or a selection from it; items are (transform(PIL RGB image), label, index).
 
+    Without a transform they hold the PIL image.
+
     Attributes:
         name: what errors and logs call it, as "cifar10 train".
         root: folder of the files.
@@ -60,7 +63,12 @@ class ImageSet(Dataset):
     def __getitem__(self, index):
         source, _ = self.samples[int(self.rows[index])]
         image = Image.fromarray(source).convert("RGB") if isinstance(source, np.ndarray) else load_rgb(source)
-        return self.transform(image), int(self.targets[index]), index
+        return image if self.transform is None else self.transform(image), int(self.targets[index]), index
+
+    def source(self, index):
+        """Path of an image; of one in memory its number."""
+        source, _ = self.samples[int(self.rows[index])]
+        return str(index) if isinstance(source, np.ndarray) else source
 
     def with_transform(self, transform):
         """The same images through another transform."""
@@ -99,6 +107,12 @@ class ImageSet(Dataset):
             for block in pool.map(states, range(0, len(self), 1024)):
                 digest.update(block)
         return digest.hexdigest()
+
+
+def epoch_order(n, seed, epoch):
+    """The order of the images in an epoch: a permutation, int64 [n], that depends on nothing else."""
+    seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------- data sets

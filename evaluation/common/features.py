@@ -46,11 +46,14 @@ def pool_features(model, images, n_last_blocks=1, avgpool_patchtokens=0):
     return torch.cat(parts, dim=-1)
 
 
-def sharded_loader(dataset, batch_size, num_workers, process):
-    """Unshuffled batches of this process's share of `dataset`; shares are padded by repetition to equal length."""
+def sharded_loader(dataset, batch_size, num_workers, process, **options):
+    """Unshuffled batches of this process's share of `dataset`; shares are padded by repetition to equal length.
+
+    `options` go to the DataLoader.
+    """
     sampler = DistributedSampler(dataset, num_replicas=process.world_size, rank=process.rank, shuffle=False)
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers,
-                      pin_memory=process.device.type == "cuda")
+                      pin_memory=process.device.type == "cuda", **options)
 
 
 def extract_features(model_fn, loader, process, name="images"):

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 import utils
 from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from
+from evaluation.common.data import epoch_order
 from evaluation.common.features import feature_dim, frozen_features, pool_features
 from evaluation.common.protocol import read_backbones, read_sets, start_process
 from evaluation.common.results import append_result, results_folder, shared_settings
@@ -149,12 +150,6 @@ class LinearHeads:
 
 
 # ---------------------------------------------------------------- batches of features
-
-def epoch_order(n, seed, epoch):
-    """The order of the images in an epoch: a permutation, int64 [n], that depends on nothing else."""
-    seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
 
 class AugmentedImages(Dataset):
     """Random resized crops, uint8 [3, size, size], of an `ImageSet`; indexed by (epoch, index).
