@@ -72,7 +72,10 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
     if any(part is None for part in parts) or parts[0].ndim != 2:
         raise utils.InputError(f"checkpoint {path}: no classifier under {key!r} (no linear.weight, linear.bias); {advice}")
     rest = {other: value for other, value in state.items() if not other.startswith(("linear.", "head."))}
-    backbone = load_evaluated_backbone(path, key, arch, patch_size, checkpoint={key: rest, "args": stored})
+    if "fc_norm.weight" in rest:
+        raise utils.InputError(f"checkpoint {path}: fine-tuned on the mean patch token; these tests take [CLS] tokens")
+    known = stored or content.get("args", {})  # the latter of fine-tuning
+    backbone = load_evaluated_backbone(path, key, arch, patch_size, checkpoint={key: rest, "args": known})
     if name == "head":  # fine-tuned: on the last [CLS] token
         stored = {"n_last_blocks": 1, "avgpool_patchtokens": 0}
     settings = feature_settings(stored, backbone.arch)

@@ -1,4 +1,5 @@
 """Robustness: joining backbone and head, ImageNet-9, -A and -C, occlusion and shuffling, by hand and on tiny folders."""
+import argparse
 import json
 import os
 import subprocess
@@ -86,6 +87,14 @@ def test_fine_tuned_vit_and_the_references_layout(job):
     images = torch.randn(1, 3, 32, 32)
     model, _ = classifier.load_classifier(job / "tuned.pth", "vit_nano", 8)
     torch.testing.assert_close(model(images), nano()(images).sum(1, keepdim=True).expand(1, 3))
+    # What fine-tuning here writes says what the network is.
+    state = nano().state_dict() | {"head.weight": torch.ones(3, 96), "head.bias": torch.zeros(3)}
+    args = argparse.Namespace(arch="vit_nano", patch_size=8, global_crops_size=32)
+    torch.save({"model": state, "epoch": 1, "args": args}, job / "tuned.pth")
+    torch.testing.assert_close(classifier.load_classifier(job / "tuned.pth")[0](images), model(images))
+    torch.save({"model": state | {"fc_norm.weight": torch.ones(96)}, "args": args}, job / "mean.pth")
+    with pytest.raises(utils.InputError, match="mean.pth: fine-tuned on the mean patch token"):
+        classifier.load_classifier(job / "mean.pth")
     assert classifier.feature_settings({}, "vit_small") == {"n_last_blocks": 4, "avgpool_patchtokens": 0}
     assert classifier.feature_settings({}, "vit_large") == {"n_last_blocks": 1, "avgpool_patchtokens": 2}
 
