@@ -84,7 +84,7 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
     if dim != F:
         raise utils.InputError(f"checkpoint {path}: its linear layer takes {F} features, {backbone.arch} gives {dim}")
     if num_classes is not None and C != num_classes:
-        raise utils.InputError(f"checkpoint {path}: it has {C} classes; this needs ImageNet's {num_classes}")
+        raise utils.InputError(f"checkpoint {path}: it has {C} classes; this needs {num_classes}")
     linear = nn.Linear(F, C)
     utils.load_strictly(linear, {"weight": parts[0], "bias": parts[1]}, path)
     return Classifier(backbone.model, linear, **settings).eval().requires_grad_(False), backbone

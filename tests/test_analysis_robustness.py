@@ -25,10 +25,10 @@ from evaluation.common.results import append_result
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A checkpoint, a sweep of three heads for 1000 classes and one for 3, and the classifiers made of them."""
+    """A checkpoint, sweeps of three heads for 1000, 9 and 3 classes, and the classifiers made of them."""
     root = tmp_path_factory.mktemp("robust")
     write_checkpoint(root / "checkpoint.pth")
-    for name, C in (("1000", 1000), ("3", 3)):
+    for name, C in (("1000", 1000), ("9", 9), ("3", 3)):
         torch.manual_seed(5)
         state = {f"{i}.module.linear.{part}": torch.randn(*shape) for i in range(3) for part, shape in (("weight", (C, 4 * 96)), ("bias", (C,)))}
         torch.save({"state_dict": state, "best_acc_hidx": 1, "best_acc": 12.5, "epoch": 7, "optimizers": [{}]}, root / f"linear{name}.pth")
@@ -138,12 +138,13 @@ def pixels_of(path):
     return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
 
 
-def test_variants_equal_a_plain_loop(job, backgrounds, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("C", [1000, 9])
+def test_variants_equal_a_plain_loop(C, job, backgrounds, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    run_main(monkeypatch, in9_eval, "--checkpoint", job / "classifier1000.pth", "--data-path", backgrounds, "--output_dir", tmp_path)
-    text, numbers = capsys.readouterr().out, in9.class_map()
+    run_main(monkeypatch, in9_eval, "--checkpoint", job / f"classifier{C}.pth", "--data-path", backgrounds, "--output_dir", tmp_path, *["--in9"] * (C == 9))
+    text, numbers = capsys.readouterr().out, in9.class_map() if C == 1000 else torch.arange(9)
     for variant in in9.VARIANTS:
-        hits = [numbers[logits_of(job, 1000, common.normalize(pixels_of(path))[None]).argmax()] == label
+        hits = [numbers[logits_of(job, C, common.normalize(pixels_of(path))[None]).argmax()] == label
                 for label, name in enumerate(NAMES) for path in sorted((backgrounds / variant / "val" / name).iterdir())]
         assert f"{variant}: {100 * sum(map(int, hits)) / 18:.2f} %" in text and f"{variant}:" in text
     metrics = result(tmp_path, "imagenet9")

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import v2
 
 import utils
-from analysis.classifier import require
+from analysis.classifier import classifier_parser, require
 from analysis.common import image_folder
 from loader import normalize
 
@@ -38,8 +38,20 @@ def class_map():
 
 
 def right(logits, labels):
-    """Whether the class of ImageNet-9 of the largest of all 1000 logits [B, 1000] is the label's: bool [B]."""
-    return class_map().to(logits.device)[logits.argmax(dim=1)] == labels
+    """Whether the class of ImageNet-9 of the largest of all logits is the label's: bool [B].
+
+    Logits are those of ImageNet's classes, [B, 1000], or of ImageNet-9's own, [B, 9].
+    """
+    found = logits.argmax(dim=1)
+    return (found if logits.shape[1] == 9 else class_map().to(logits.device)[found]) == labels
+
+
+def in9_parser(description):
+    """`classifier_parser` with the flags of both tests of backgrounds."""
+    parser = classifier_parser(description, DATA, data_flag="--data-path")
+    parser.add_argument("--in9", action="store_true", help="the classifier has the nine classes of ImageNet-9, in the "
+                        "order of the folders; images are normalised as elsewhere here")
+    return parser
 
 
 def variant_images(data, variant, transform=None):
