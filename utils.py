@@ -51,7 +51,12 @@ def run(main):
     """
     code, held = 0, None  # what is raised is held: it keeps the DataLoader, which would wait for workers that hang
     try:
-        main()
+        try:
+            main()
+        except BaseException:
+            if hasattr(signal, "SIGCHLD"):  # torch's handler would raise at the death of a loader process
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise
     except Preempted as stop:
         code, held = EXIT_PREEMPTED, stop
         if is_main_process():
@@ -87,10 +92,7 @@ def run(main):
             dist.destroy_process_group()
         return
     # Loader processes may hang in a read; an error must not wait for them, nor for the other processes.
-    children = multiprocessing.active_children()
-    if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at their death
-    for child in children:
+    for child in multiprocessing.active_children():
         child.kill()
     del held
     os._exit(code) if dist.is_initialized() or code == EXIT_PREEMPTED else sys.exit(code)
@@ -300,10 +302,15 @@ class StopSignals:
 
 
 def ignore_signals(worker_id=None):
-    """`worker_init_fn` of a DataLoader: schedulers and Ctrl-C signal all processes, but only the main one is to react."""
+    """`worker_init_fn` of a DataLoader: schedulers and Ctrl-C signal all processes, but only the main one is to react.
+
+    When it stops amid taking a batch over, the thread that hands batches over is not to print a traceback.
+    """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    hook = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, (ConnectionError, EOFError)) else hook(kind, *rest)
 
 
 def random_state(device):
