@@ -11,6 +11,7 @@ robustness.sh are shown, if they are in the folder `robustness` beside the check
 import base64
 import html
 import json
+import math
 import os
 import re
 import shlex
@@ -204,13 +205,18 @@ def training_section(folder, out):
     log = folder / "log.txt"
     if not log.is_file():
         return None
-    try:
-        epochs = [json.loads(line) for line in log.read_text().splitlines()]
-        curves = {name: [(epoch["epoch"], epoch[f"train_{key}"]) for epoch in epochs]
-                  for name, key in (("total", "loss"), ("[CLS]", "cls"), ("patches", "patch"))}
-    except (ValueError, KeyError, TypeError):
-        return None  # a log of something else
-    if not epochs:
+    curves = {"total": {}, "[CLS]": {}, "patches": {}}
+    for line in log.read_text(errors="replace").splitlines():
+        try:
+            epoch = json.loads(line)
+            for points, key in zip(curves.values(), ("loss", "cls", "patch"), strict=True):
+                value = epoch.get(f"train_{key}")  # null: it was not finite
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    points[int(epoch["epoch"])] = value
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # half a line, after a kill, or one of something else
+    curves = {name: sorted(points.items()) for name, points in curves.items() if points}
+    if not curves:
         return None
     draw_curves(curves, "Losses of pre-training", out / "loss.png")
     return section("Training", figures([
