@@ -176,6 +176,9 @@ def figures(pictures):
 def run_step(step):
     """Run the commands of a section. Returns (HTML of the section, error or None)."""
     shown, commands, error = [], [], None
+    for folder, pattern, *_ in step.pictures:
+        for path in folder.glob(pattern):
+            path.unlink()  # of an earlier page, about other weights or images
     for script, *flags in step.commands:
         flags = [str(flag) for flag in flags]
         commands.append(shlex.join(["python", os.path.normpath(f"analysis/{script}"), *flags]))
