@@ -245,7 +245,7 @@ def main():
     path = Path(args.pretrained_weights)
     stored = checkpoint.get("args")
     data = args.data_path or getattr(stored, "data_path", None)
-    if data is None:
+    if not isinstance(data, str):
         raise utils.InputError(f"--data_path: is needed, as {path} does not say what it was trained on")
     root, images = find_data(data)
     common.image_folder(images)  # its errors before the work
@@ -262,7 +262,8 @@ def main():
              ("trained for", f"{checkpoint['epoch']} epochs" if "epoch" in checkpoint else "unknown"),
              ("images", images), ("made", time.strftime("%Y-%m-%d %H:%M"))]
     target = out / "index.html"
-    target.write_text(page(f"What {path.parent.name or path} has learned", facts, [part for part in sections if part]))
+    text = page(f"What {path.parent.name or path} has learned", facts, [part for part in sections if part])
+    target.write_text(text, encoding="utf-8", errors="replace")  # as it says itself, whatever the locale
     print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB; open it in a browser", flush=True)
     if failed:
         raise utils.InputError(f"{len(failed)} parts failed, the page says why: {', '.join(failed)}")
