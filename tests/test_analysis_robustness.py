@@ -456,3 +456,11 @@ def test_wrappers_of_the_reference(tmp_path, name, scripts):
     for line in lines:
         assert line.endswith("--batch_size 7") and ("data/" in line)
         assert ("--checkpoint c.pth" in line) == (name in ("eval_bg_challenge", "eval_natural_adv_examp", "eval_corr_surf_vari"))
+
+
+def test_both_background_tests_take_the_flags_of_the_wrapper(job, backgrounds, monkeypatch, capsys):
+    """README: `--foregrounds N` may follow eval_bg_challenge.sh, which gives its flags to both."""
+    for script, expected in ((in9_eval, "no_fg: "), (challenge_eval, "% of 2; ")):
+        run_main(monkeypatch, script, "--checkpoint", job / "classifier1000.pth", "--data-path", backgrounds, "--foregrounds", "2", "--eval-dataset", "no_fg")
+        text = capsys.readouterr().out
+        assert expected in text and "original: " not in text

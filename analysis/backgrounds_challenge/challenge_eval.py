@@ -20,14 +20,7 @@ from torchvision.transforms import v2
 import utils
 from analysis.backgrounds_challenge.in9 import WHERE, in9_parser, right, variant_images
 from analysis.classifier import record, require, start, summed
-from evaluation.common.arguments import int_from
 from loader import load_rgb, normalize
-
-
-def get_args_parser():
-    parser = in9_parser("Foregrounds that no background turns into another class")
-    parser.add_argument("--foregrounds", type=int_from(1), help="how many to try; by default all")
-    return parser
 
 
 def foreground_files(data):
@@ -71,7 +64,7 @@ def is_vulnerable(classifier, image, mask, label, backgrounds, batch_size, devic
 
 
 def main():
-    args = get_args_parser().parse_args()
+    args = in9_parser("Foregrounds that no background turns into another class").parse_args()
     process, classifier, backbone = start(args, 9 if args.in9 else 1000)
     files = foreground_files(args.data)
     if args.foregrounds:

@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 import utils
 from analysis.classifier import classifier_parser, require
 from analysis.common import image_folder
+from evaluation.common.arguments import int_from
 from loader import normalize
 
 WHERE = "https://github.com/MadryLab/backgrounds_challenge"
@@ -51,6 +52,10 @@ def in9_parser(description):
     parser = classifier_parser(description, DATA, data_flag="--data-path")
     parser.add_argument("--in9", action="store_true", help="the classifier has the nine classes of ImageNet-9, in the "
                         "order of the folders; images are normalised as elsewhere here")
+    # Each counts in one of the two scripts; eval_bg_challenge.sh gives all flags to both.
+    parser.add_argument("--eval-dataset", dest="variants", choices=VARIANTS, nargs="+", default=list(VARIANTS),
+                        help="variants that in9_eval.py tests")
+    parser.add_argument("--foregrounds", type=int_from(1), help="how many challenge_eval.py tries; by default all")
     return parser
 
 
