@@ -182,6 +182,18 @@ def test_a_foreground_is_safe_only_if_no_background_fools(monkeypatch):
     assert not challenge_eval.is_vulnerable(model, image, mask + 1, 0, backgrounds, 3, "cpu")  # nothing but foreground
 
 
+def test_what_is_no_mask(tmp_path):
+    path = tmp_path / "a.npy"
+    for content, message in ((None, "No data left"), (np.zeros((4, 5)), "of shape .4, 5., its image is .4, 4."), (np.full((4, 4), "x"), "no array of numbers")):
+        path.write_bytes(b"") if content is None else np.save(path, content)
+        with pytest.raises(utils.InputError, match=f"a.npy: .*{message}"):
+            challenge_eval.read_mask(path, (4, 4))
+    with path.open("wb") as file:
+        np.savez(file, mask=np.zeros((4, 4)))
+    with pytest.raises(utils.InputError, match="a.npy: .*no array of numbers"):
+        challenge_eval.read_mask(path, (4, 4))
+
+
 # ---------------------------------------------------------------- ImageNet-A
 
 def test_aurra_by_hand():

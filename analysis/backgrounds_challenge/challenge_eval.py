@@ -46,8 +46,10 @@ def read_mask(path, size):
     """Mask 0 or 1 of a foreground: uint8 [1, S, S]."""
     try:
         mask = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise utils.InputError(f"{path}: cannot be read as a mask ({utils.one_line(error)})") from error
+    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biuf":
+        raise utils.InputError(f"{path}: cannot be read as a mask (no array of numbers)")
     if mask.shape != size:
         raise utils.InputError(f"{path}: a mask of shape {mask.shape}, its image is {size}")
     return torch.from_numpy((mask > 0.5).astype(np.uint8))[None]
