@@ -151,6 +151,13 @@ def test_variants_equal_a_plain_loop(C, job, backgrounds, tmp_path, monkeypatch,
     assert metrics["bg_gap"] == metrics["mixed_same"] - metrics["mixed_rand"]
 
 
+def test_a_folder_that_cannot_be_is_found_before_the_work(job, backgrounds, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(utils.InputError, match="--output_dir .*file: cannot be made"):
+        run_main(monkeypatch, in9_eval, "--checkpoint", job / "classifier9.pth", "--in9", "--data-path", backgrounds, "--output_dir", tmp_path / "file")
+    assert "original: " not in capsys.readouterr().out
+
+
 def test_challenge_equals_a_plain_loop(job, backgrounds, tmp_path, monkeypatch):
     """With a class map under which most outputs are the first class."""
     monkeypatch.setattr(in9, "class_map", lambda: torch.arange(1000) % 40 // 39)
