@@ -208,6 +208,14 @@ def test_two_processes_with_the_papers_command_equal_one(job, call, tmp_path, mo
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two/memory_patch" / name).read_bytes()
 
 
+def test_a_folder_that_is_called_pth(job, tmp_path, monkeypatch):
+    """The reference's code worked with such a one alone."""
+    (tmp_path / "memory_bank.pth").mkdir()
+    run_main(monkeypatch, pattern, *flags(job, tmp_path / "memory_bank.pth", "--type", "cls"))
+    assert [path.name for path in tmp_path.iterdir()] == ["memory_bank.pth"]
+    assert {"memory_cls.pth", "ccls_overview.png"} < {path.name for path in (tmp_path / "memory_bank.pth").iterdir()}
+
+
 def test_cls_pictures_are_the_images_themselves(job, tmp_path, monkeypatch):
     run_main(monkeypatch, pattern, *flags(job, tmp_path, "--type", "cls"))
     bank = torch.load(tmp_path / "memory_cls.pth")["memory_bank"]

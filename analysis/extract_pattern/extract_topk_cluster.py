@@ -272,8 +272,9 @@ def main():
         raise utils.InputError("--pretrained_path random: clusters need the projection head of a checkpoint")
     process = start_process(args)
     path = Path(args.save_path)
-    folder = common.output_folder(path.with_suffix("") if path.suffix == ".pth" else path, "--save_path")
-    bank_file = path if path.suffix == ".pth" else folder / f"memory_{args.type}.pth"
+    is_file = path.suffix == ".pth" and not path.is_dir()  # for the reference, FILE.pth must be a folder
+    folder = common.output_folder(path.with_suffix("") if is_file else path, "--save_path")
+    bank_file = path if is_file else folder / f"memory_{args.type}.pth"
 
     backbone, checkpoint = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
                                            args.img_size)
