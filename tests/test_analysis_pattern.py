@@ -230,6 +230,7 @@ def test_cls_pictures_are_the_images_themselves(job, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (("--patch_window", "4"), "--patch_window 4: must be odd"),
+    (("--temperature", "nan"), "--temperature nan: must be above 0"),
     (("--out_dim", "8192"), "--out_dim 8192: the head of teacher has 24 outputs"),
     (("--checkpoint_key", "nobody"), "key 'nobody' is not in the file"),
     (("--data_path", "/nowhere"), "/nowhere"),

@@ -266,7 +266,7 @@ def main():
     args = get_args_parser().parse_args()
     if args.patch_window % 2 == 0:
         raise utils.InputError(f"--patch_window {args.patch_window}: must be odd, so that a patch is in the middle")
-    if args.temperature <= 0:
+    if not 0 < args.temperature < math.inf:
         raise utils.InputError(f"--temperature {args.temperature}: must be above 0")
     if args.pretrained_weights == "random":
         raise utils.InputError("--pretrained_path random: clusters need the projection head of a checkpoint")
