@@ -181,8 +181,10 @@ def cluster_tiles(bank, cluster, images, kind, topk, patch_size, window):
         return [images[index][0] for index, _ in best_members(bank, cluster, topk)]
     tiles = []
     for index, patch in best_members(bank, cluster, 2 * topk):
+        if len(tiles) == topk:
+            break
         tile = patch_tile(images[index][0], patch, patch_size, window)
-        if len(tiles) < topk and not is_dark(tile):
+        if not is_dark(tile):
             tiles.append(tinted(tile, patch_size, window))
     return tiles
 
