@@ -26,7 +26,7 @@ def load_projection_head(checkpoint, key, path, patches=False):
     missing = [name for name in ("mlp.0.weight", "last_layer.weight_v") if name not in state]
     if missing:
         raise utils.InputError(f"checkpoint {path}: key {key!r} holds no projection head (missing: head."
-                               f"{', head.'.join(missing)}); pre-training checkpoints do")
+                               f"{', head.'.join(missing)}); unsup_cls.py --clusters kmeans needs none")
     norm = None if state.get("mlp.1.weight") is None else "bn" if "mlp.1.running_mean" in state else "ln"
     (hidden_dim, in_dim), (out_dim, bottleneck_dim) = state["mlp.0.weight"].shape, state["last_layer.weight_v"].shape
     head = iBOTHead(in_dim, out_dim, norm=norm, act=getattr(checkpoint.get("args"), "act_in_head", "gelu"),
