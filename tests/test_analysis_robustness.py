@@ -433,6 +433,7 @@ def test_table(tmp_path, monkeypatch, capsys):
                {"protocol": "imagenet9", "metrics": {"only_fg": 2.0}}]
     for record in records:
         append_result(tmp_path, record["protocol"], "c.pth", "state_dict", {}, record["metrics"])
+    append_result(tmp_path, "linear", "checkpoint.pth", "teacher", {}, {})  # no test of a classifier
     assert table8.table_row(records) == [2.0, None, None, None, None, None, None, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]
     with pytest.raises(utils.InputError, match="results.json: no results"):
         monkeypatch.setattr(sys, "argv", ["", "--output_dir", str(tmp_path / "none")])
@@ -441,6 +442,12 @@ def test_table(tmp_path, monkeypatch, capsys):
     table8.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["DINO", "89.2", "89.2"] and lines[3].split() == ["here", "2.0", *"------", "8.0", "9.0", "10.0", "11.0", "12.0", "13.0"]
+
+    # Another classifier: nothing of the one before is in its row.
+    append_result(tmp_path, "imagenet_a", "other.pth", "state_dict", {}, {"acc": 14.0})
+    table8.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["here", *"-" * 10, "14.0", "-", "-"] and lines[4] == "here: other.pth"
 
 
 def test_one_command_names_what_is_missing(job, tmp_path):
