@@ -158,6 +158,21 @@ def test_a_folder_that_cannot_be_is_found_before_the_work(job, backgrounds, tmp_
     assert "original: " not in capsys.readouterr().out
 
 
+def test_images_of_other_sizes_are_named(job, backgrounds, tmp_path, monkeypatch):
+    for folder in backgrounds.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    for variant in ("original", "mixed_same"):
+        (tmp_path / variant).unlink()
+        write_images(tmp_path / variant / "val", NAMES, 2, (32, 32))
+    flags = ["--checkpoint", job / "classifier1000.pth", "--data-path", tmp_path]
+    write_images(tmp_path / "mixed_same/val", NAMES[3:4], 1, (40, 32))
+    with pytest.raises(utils.InputError, match="mixed_same/val: an image of 40 x 32 pixels, others have 32 x 32"):
+        run_main(monkeypatch, in9_eval, *flags, "--eval-dataset", "mixed_same")
+    write_images(tmp_path / "original/val", NAMES[:4], 2, (32, 40))
+    with pytest.raises(utils.InputError, match="original/val/00_dog: an image of 32 x 40 pixels, others have 32 x 32"):
+        run_main(monkeypatch, challenge_eval, *flags)
+
+
 def test_challenge_equals_a_plain_loop(job, backgrounds, tmp_path, monkeypatch):
     """With a class map under which most outputs are the first class."""
     monkeypatch.setattr(in9, "class_map", lambda: torch.arange(1000) % 40 // 39)

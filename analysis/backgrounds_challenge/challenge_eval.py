@@ -18,7 +18,7 @@ import torch
 from torchvision.transforms import v2
 
 import utils
-from analysis.backgrounds_challenge.in9 import WHERE, in9_parser, right, variant_images
+from analysis.backgrounds_challenge.in9 import WHERE, in9_parser, of_size, right, variant_images
 from analysis.classifier import record, require, start, summed
 from loader import load_rgb, normalize
 
@@ -77,7 +77,8 @@ def main():
     backgrounds = torch.stack([images[i][0] for i in range(len(images))])
     vulnerable, mine = torch.zeros(1, dtype=torch.float64), files[process.rank::process.world_size]
     for number, (mask_file, image_file, label) in enumerate(mine, start=1):
-        image = v2.functional.pil_to_tensor(load_rgb(image_file))
+        image = load_rgb(image_file)
+        image = v2.functional.pil_to_tensor(of_size(image, backgrounds.shape[:1:-1], image_file.parent))
         mask = read_mask(mask_file, tuple(image.shape[1:]))
         vulnerable += is_vulnerable(classifier, image, mask, label, backgrounds, args.batch_size, process.device)
         if process.rank == 0 and number % 50 == 0:
