@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 import models
 import utils
-from analysis.common import add_run_flags
+from analysis.common import add_run_flags, output_folder
 from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.features import feature_dim, pool_features
@@ -93,8 +93,9 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
 def start(args, num_classes=None):
     """(Process, Classifier on its device, EvaluatedBackbone) for flags of `classifier_parser`; see `load_classifier`."""
     process = start_process(args)
-    if args.output_dir:
-        read_results(args.output_dir)  # a damaged file is found before the work
+    if args.output_dir:  # what is wrong with it is found before the work
+        output_folder(args.output_dir, "--output_dir")
+        read_results(args.output_dir)
     classifier, backbone = load_classifier(args.checkpoint, args.arch, args.patch_size, num_classes)
     return process, classifier.to(process.device), backbone
 

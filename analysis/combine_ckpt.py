@@ -19,6 +19,7 @@ import models
 import utils
 from analysis import common
 from analysis.classifier import feature_settings
+from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.features import feature_dim
 
@@ -31,7 +32,7 @@ def get_args_parser():
     parser.add_argument("--checkpoint_key", help="entry of the backbone's file; by default teacher, or state_dict in a "
                         "file without")
     parser.add_argument("--arch", choices=models.ARCHS, help="by default what the files say, else vit_small")
-    parser.add_argument("--patch_size", type=int, help="by default what the files say, else 16")
+    parser.add_argument("--patch_size", type=int_from(1), help="by default what the files say, else 16")
     return parser
 
 
@@ -56,6 +57,8 @@ def main():
     linear = utils.load_checkpoint(args.checkpoint_linear)
     weight, bias, head = best_linear(linear, args.checkpoint_linear)
     stored = linear.get("settings", {})
+    if not isinstance(stored, dict):
+        raise utils.InputError(f"checkpoint {args.checkpoint_linear}: its settings are a {type(stored).__name__}")
     content = utils.load_checkpoint(args.checkpoint_backbone)
     backbone = load_evaluated_backbone(args.checkpoint_backbone, common.checkpoint_key(content, args.checkpoint_key),
                                        args.arch or stored.get("arch"), args.patch_size or stored.get("patch_size"),

@@ -91,7 +91,8 @@ def mass_mask(weights, mass):
 
     Sorted upwards, normalised and cumulated, those beyond 1 - mass are kept: the one that crosses the bound is among them.
     """
-    values, order = weights.double().sort(dim=-1, stable=True)
+    wide = weights if weights.device.type == "mps" else weights.double()  # MPS has no float64
+    values, order = wide.sort(dim=-1, stable=True)
     kept = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1) > 1 - mass
     return torch.zeros_like(kept).scatter_(-1, order, kept)
 

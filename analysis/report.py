@@ -11,6 +11,7 @@ robustness.sh are shown, if they are in the folder `robustness` beside the check
 import base64
 import html
 import json
+import math
 import os
 import re
 import shlex
@@ -175,6 +176,9 @@ def figures(pictures):
 def run_step(step):
     """Run the commands of a section. Returns (HTML of the section, error or None)."""
     shown, commands, error = [], [], None
+    for folder, pattern, *_ in step.pictures:
+        for path in folder.glob(pattern):
+            path.unlink()  # of an earlier page, about other weights or images
     for script, *flags in step.commands:
         flags = [str(flag) for flag in flags]
         commands.append(shlex.join(["python", os.path.normpath(f"analysis/{script}"), *flags]))
@@ -204,13 +208,18 @@ def training_section(folder, out):
     log = folder / "log.txt"
     if not log.is_file():
         return None
-    try:
-        epochs = [json.loads(line) for line in log.read_text().splitlines()]
-        curves = {name: [(epoch["epoch"], epoch[f"train_{key}"]) for epoch in epochs]
-                  for name, key in (("total", "loss"), ("[CLS]", "cls"), ("patches", "patch"))}
-    except (ValueError, KeyError, TypeError):
-        return None  # a log of something else
-    if not epochs:
+    curves = {"total": {}, "[CLS]": {}, "patches": {}}
+    for line in log.read_text(errors="replace").splitlines():
+        try:
+            epoch = json.loads(line)
+            for points, key in zip(curves.values(), ("loss", "cls", "patch"), strict=True):
+                value = epoch.get(f"train_{key}")  # null: it was not finite
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    points[int(epoch["epoch"])] = value
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # half a line, after a kill, or one of something else
+    curves = {name: sorted(points.items()) for name, points in curves.items() if points}
+    if not curves:
         return None
     draw_curves(curves, "Losses of pre-training", out / "loss.png")
     return section("Training", figures([
@@ -236,7 +245,7 @@ def main():
     path = Path(args.pretrained_weights)
     stored = checkpoint.get("args")
     data = args.data_path or getattr(stored, "data_path", None)
-    if data is None:
+    if not isinstance(data, str):
         raise utils.InputError(f"--data_path: is needed, as {path} does not say what it was trained on")
     root, images = find_data(data)
     common.image_folder(images)  # its errors before the work
@@ -253,7 +262,8 @@ def main():
              ("trained for", f"{checkpoint['epoch']} epochs" if "epoch" in checkpoint else "unknown"),
              ("images", images), ("made", time.strftime("%Y-%m-%d %H:%M"))]
     target = out / "index.html"
-    target.write_text(page(f"What {path.parent.name or path} has learned", facts, [part for part in sections if part]))
+    text = page(f"What {path.parent.name or path} has learned", facts, [part for part in sections if part])
+    target.write_text(text, encoding="utf-8", errors="replace")  # as it says itself, whatever the locale
     print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB; open it in a browser", flush=True)
     if failed:
         raise utils.InputError(f"{len(failed)} parts failed, the page says why: {', '.join(failed)}")

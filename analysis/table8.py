@@ -3,6 +3,7 @@
     python analysis/table8.py --output_dir work_dirs/JOB/robustness
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -35,16 +36,25 @@ def table_row(records):
     return row
 
 
+def of_latest_classifier(records):
+    """The records of the classifier, file and weights, that was tested last: a row is about one."""
+    def classifier(record):
+        return os.path.realpath(record["checkpoint"]), record["settings"].get("weights_hash")
+    tested = [record for record in records if record["protocol"] in {protocol for protocol, *_ in PLACES}]
+    return [record for record in tested if classifier(record) == classifier(tested[-1])]
+
+
 def main():
     parser = argparse.ArgumentParser(description="Table 8 of a run", allow_abbrev=False)
     parser.add_argument("--output_dir", required=True, help="folder of results.json")
     folder = parser.parse_args().output_dir
-    records = read_results(folder)
+    records = of_latest_classifier(read_results(folder))
     if not records:
         raise utils.InputError(f"{Path(folder) / 'results.json'}: no results; the robustness tests write them")
     for name, row in (("", COLUMNS), *PAPER.items(), ("here", table_row(records))):
         cells = [value if isinstance(value, str) else "-" if value is None else f"{value:.1f}" for value in row]
         print(f"{name:6}" + "".join(f"{cell:>7}" for cell in cells))
+    print(f"here: {records[-1]['checkpoint']}")
     print("DINO and iBOT: the paper's rows for ViT-S/16; IN-C: error, lower is better; IN: centre crops, bilinear, as here")
 
 

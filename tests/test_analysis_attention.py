@@ -143,10 +143,21 @@ def test_video_in_and_out(job, tmp_path, monkeypatch, extension):
     assert len(files) == 3 and fps == pytest.approx(12)
 
 
+def test_a_video_that_does_not_say_its_speed(job, tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    for found in (0.0, float("nan")):
+        monkeypatch.setattr(video_generation, "split_video", lambda *_, found=found: (sorted((job / "val/a").iterdir()), found))
+        run_main(monkeypatch, video_generation, "--pretrained_weights", job / "checkpoint.pth", "--video_format", "gif", "--fps", "20",
+                 "--input_path", tmp_path / "a.mp4", "--output_path", tmp_path)
+        with Image.open(tmp_path / "video.gif") as video:
+            assert video.info["duration"] == 50
+
+
 @pytest.mark.parametrize("words, message", [
     (("--input_path", "/nowhere"), "--input_path /nowhere: does not exist"),
     (("--input_path", "."), "no pictures"),
-    (("--fps", "0"), "--fps 0.0: must be above 0"),
+    (("--fps", "0"), "--fps 0: must be in 0.1..1000"),
+    (("--fps", "nan"), "--fps nan: must be in 0.1..1000"),
     (("--video_format", "mp4"), "pip install opencv-python-headless"),
 ])
 def test_mistakes_of_videos_are_named(job, tmp_path, monkeypatch, words, message):

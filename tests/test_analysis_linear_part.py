@@ -1,5 +1,6 @@
 """Part-wise linear probing: the features, and the script in one process, in two and resumed."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,9 @@ def test_all_patches_are_the_plain_mean_and_order_has_no_say():
 def test_rates_are_the_papers():
     rates = [config.lr for config in sweep_configs()]
     assert len(rates) == 45 and (rates[0], rates[9], rates[-1]) == (0.0001, 0.001, 9.0)
+    settings = {"epochs": 100, "seed": 0, "total_batch": 1024}  # 8 processes of 128
+    run = ProbeRun("teacher", Path(), sweep_configs(), 2, 3, settings, True, utils.Process(0, 1, 0, torch.device("cpu")))
+    assert run.scale == 4
 
 
 @pytest.fixture(scope="module")

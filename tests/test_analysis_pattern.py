@@ -128,7 +128,7 @@ def test_dark_tiles_make_room_for_the_next():
     bank = bank_of([[0] * 4] * 5, [[.1 * (9 - i)] * 4 for i in range(5)])
     tiles = pattern.cluster_tiles(bank, 0, images, "patch", 2, 8, 1)
     assert [tile.getpixel((0, 0))[0] for tile in tiles] == [200, 90]  # two candidates for every place
-    assert len(pattern.cluster_tiles(bank, 0, images, "patch", 1, 8, 1)) == 1
+    assert len(pattern.cluster_tiles(bank, 0, images[:1], "patch", 1, 8, 1)) == 1  # reserves are not opened without need
     assert len(pattern.cluster_tiles(bank[:, 0], 0, images, "cls", 3, 8, 1)) == 3  # images are not passed over
 
 
@@ -208,6 +208,14 @@ def test_two_processes_with_the_papers_command_equal_one(job, call, tmp_path, mo
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two/memory_patch" / name).read_bytes()
 
 
+def test_a_folder_that_is_called_pth(job, tmp_path, monkeypatch):
+    """The reference's code worked with such a one alone."""
+    (tmp_path / "memory_bank.pth").mkdir()
+    run_main(monkeypatch, pattern, *flags(job, tmp_path / "memory_bank.pth", "--type", "cls"))
+    assert [path.name for path in tmp_path.iterdir()] == ["memory_bank.pth"]
+    assert {"memory_cls.pth", "ccls_overview.png"} < {path.name for path in (tmp_path / "memory_bank.pth").iterdir()}
+
+
 def test_cls_pictures_are_the_images_themselves(job, tmp_path, monkeypatch):
     run_main(monkeypatch, pattern, *flags(job, tmp_path, "--type", "cls"))
     bank = torch.load(tmp_path / "memory_cls.pth")["memory_bank"]
@@ -222,6 +230,7 @@ def test_cls_pictures_are_the_images_themselves(job, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (("--patch_window", "4"), "--patch_window 4: must be odd"),
+    (("--temperature", "nan"), "--temperature nan: must be above 0"),
     (("--out_dim", "8192"), "--out_dim 8192: the head of teacher has 24 outputs"),
     (("--checkpoint_key", "nobody"), "key 'nobody' is not in the file"),
     (("--data_path", "/nowhere"), "/nowhere"),

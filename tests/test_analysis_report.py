@@ -77,10 +77,29 @@ def test_failed_parts_are_on_the_page_and_in_the_exit_code(tmp_path, monkeypatch
     """One image a class: there are no pairs of a class. The data have no val/: no heads are trained."""
     write_images(tmp_path / "images", "ab", 1)
     write_checkpoint(tmp_path / "checkpoint.pth")
+    stale = tmp_path / "out/attention/idx9_attn.png"  # of an earlier page, about more images
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"")
     with pytest.raises(utils.InputError, match="1 parts failed, the page says why: Correspondence between two images"):
         run_main(monkeypatch, report, "--pretrained_weights", tmp_path / "checkpoint.pth", "--data_path", tmp_path / "images", "--output_dir", tmp_path / "out", "--pictures", "1")
     page = (tmp_path / "out/index.html").read_text()
+    assert not stale.exists()
     assert re.search(r'class="error">[^<]*no class has 2 images', page) and page.count("<section") == 5
+
+
+def test_a_log_with_half_lines_and_no_numbers(tmp_path):
+    """As a kill and losses that were not finite leave it; a log of something else gives no section."""
+    line = '{"epoch": %s, "train_loss": %s, "train_cls": 2, "train_patch": 1}\n'
+    (tmp_path / "log.txt").write_text(line % (0, 3) + line % (1, "null") + line % (2, "4") + '{"epoch": 3, "tra')
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_curves", lambda curves, *_: found.append(curves))
+        (tmp_path / "loss.png").write_bytes(b"")
+        assert 'id="training"' in report.training_section(tmp_path, tmp_path)
+    assert found == [{"total": [(0, 3), (2, 4)], "[CLS]": [(0, 2), (1, 2), (2, 2)], "patches": [(0, 1), (1, 1), (2, 1)]}]
+    for text in ("", "[1]\nhello\n", '{"epoch": 0}\n', line % (0, "null") * 0):
+        (tmp_path / "log.txt").write_text(text)
+        assert report.training_section(tmp_path, tmp_path) is None
 
 
 def test_find_data(tmp_path):

@@ -151,6 +151,28 @@ def test_variants_equal_a_plain_loop(C, job, backgrounds, tmp_path, monkeypatch,
     assert metrics["bg_gap"] == metrics["mixed_same"] - metrics["mixed_rand"]
 
 
+def test_a_folder_that_cannot_be_is_found_before_the_work(job, backgrounds, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(utils.InputError, match="--output_dir .*file: cannot be made"):
+        run_main(monkeypatch, in9_eval, "--checkpoint", job / "classifier9.pth", "--in9", "--data-path", backgrounds, "--output_dir", tmp_path / "file")
+    assert "original: " not in capsys.readouterr().out
+
+
+def test_images_of_other_sizes_are_named(job, backgrounds, tmp_path, monkeypatch):
+    for folder in backgrounds.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    for variant in ("original", "mixed_same"):
+        (tmp_path / variant).unlink()
+        write_images(tmp_path / variant / "val", NAMES, 2, (32, 32))
+    flags = ["--checkpoint", job / "classifier1000.pth", "--data-path", tmp_path]
+    write_images(tmp_path / "mixed_same/val", NAMES[3:4], 1, (40, 32))
+    with pytest.raises(utils.InputError, match="mixed_same/val: an image of 40 x 32 pixels, others have 32 x 32"):
+        run_main(monkeypatch, in9_eval, *flags, "--eval-dataset", "mixed_same")
+    write_images(tmp_path / "original/val", NAMES[:4], 2, (32, 40))
+    with pytest.raises(utils.InputError, match="original/val/00_dog: an image of 32 x 40 pixels, others have 32 x 32"):
+        run_main(monkeypatch, challenge_eval, *flags)
+
+
 def test_challenge_equals_a_plain_loop(job, backgrounds, tmp_path, monkeypatch):
     """With a class map under which most outputs are the first class."""
     monkeypatch.setattr(in9, "class_map", lambda: torch.arange(1000) % 40 // 39)
@@ -180,6 +202,18 @@ def test_a_foreground_is_safe_only_if_no_background_fools(monkeypatch):
     backgrounds[6] = 0
     assert challenge_eval.is_vulnerable(model, image, mask, 0, backgrounds, 3, "cpu")
     assert not challenge_eval.is_vulnerable(model, image, mask + 1, 0, backgrounds, 3, "cpu")  # nothing but foreground
+
+
+def test_what_is_no_mask(tmp_path):
+    path = tmp_path / "a.npy"
+    for content, message in ((None, "No data left"), (np.zeros((4, 5)), "of shape .4, 5., its image is .4, 4."), (np.full((4, 4), "x"), "no array of numbers")):
+        path.write_bytes(b"") if content is None else np.save(path, content)
+        with pytest.raises(utils.InputError, match=f"a.npy: .*{message}"):
+            challenge_eval.read_mask(path, (4, 4))
+    with path.open("wb") as file:
+        np.savez(file, mask=np.zeros((4, 4)))
+    with pytest.raises(utils.InputError, match="a.npy: .*no array of numbers"):
+        challenge_eval.read_mask(path, (4, 4))
 
 
 # ---------------------------------------------------------------- ImageNet-A
@@ -414,6 +448,7 @@ def test_table(tmp_path, monkeypatch, capsys):
                {"protocol": "imagenet9", "metrics": {"only_fg": 2.0}}]
     for record in records:
         append_result(tmp_path, record["protocol"], "c.pth", "state_dict", {}, record["metrics"])
+    append_result(tmp_path, "linear", "checkpoint.pth", "teacher", {}, {})  # no test of a classifier
     assert table8.table_row(records) == [2.0, None, None, None, None, None, None, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]
     with pytest.raises(utils.InputError, match="results.json: no results"):
         monkeypatch.setattr(sys, "argv", ["", "--output_dir", str(tmp_path / "none")])
@@ -422,6 +457,12 @@ def test_table(tmp_path, monkeypatch, capsys):
     table8.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["DINO", "89.2", "89.2"] and lines[3].split() == ["here", "2.0", *"------", "8.0", "9.0", "10.0", "11.0", "12.0", "13.0"]
+
+    # Another classifier: nothing of the one before is in its row.
+    append_result(tmp_path, "imagenet_a", "other.pth", "state_dict", {}, {"acc": 14.0})
+    table8.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["here", *"-" * 10, "14.0", "-", "-"] and lines[4] == "here: other.pth"
 
 
 def test_one_command_names_what_is_missing(job, tmp_path):
@@ -456,3 +497,11 @@ def test_wrappers_of_the_reference(tmp_path, name, scripts):
     for line in lines:
         assert line.endswith("--batch_size 7") and ("data/" in line)
         assert ("--checkpoint c.pth" in line) == (name in ("eval_bg_challenge", "eval_natural_adv_examp", "eval_corr_surf_vari"))
+
+
+def test_both_background_tests_take_the_flags_of_the_wrapper(job, backgrounds, monkeypatch, capsys):
+    """README: `--foregrounds N` may follow eval_bg_challenge.sh, which gives its flags to both."""
+    for script, expected in ((in9_eval, "no_fg: "), (challenge_eval, "% of 2; ")):
+        run_main(monkeypatch, script, "--checkpoint", job / "classifier1000.pth", "--data-path", backgrounds, "--foregrounds", "2", "--eval-dataset", "no_fg")
+        text = capsys.readouterr().out
+        assert expected in text and "original: " not in text

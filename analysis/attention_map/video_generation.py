@@ -116,8 +116,8 @@ def main():
         raise utils.InputError("--resize: give height and width, or one number")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise utils.InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
-    if args.fps <= 0:
-        raise utils.InputError(f"--fps {args.fps}: must be above 0")
+    if not 0.1 <= args.fps <= 1000:
+        raise utils.InputError(f"--fps {args.fps:g}: must be in 0.1..1000")
     if args.video_format != "gif":
         opencv()  # before the work, not after it
     fps = args.fps
@@ -129,12 +129,15 @@ def main():
         if args.pretrained_weights is None:
             raise utils.InputError("--pretrained_weights: is needed unless --video_only is given")
         process = start_process(args)
+        if process.world_size > 1:
+            raise utils.InputError("video_generation.py runs in one process")
         backbone, _ = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
         model, pictures = backbone.model.to(process.device), []
         if source.is_dir():
             frames = pictures_in(source)
         else:
-            frames, fps = split_video(source, common.output_folder(folder / "frames", "--output_path"))
+            frames, found = split_video(source, common.output_folder(folder / "frames", "--output_path"))
+            fps = found if 0.1 <= found <= 1000 else args.fps  # some files do not say, or say 0
         attention = common.output_folder(folder / "attention", "--output_path")
         resize = v2.Resize(args.resize) if args.resize else None
         for frame in frames:

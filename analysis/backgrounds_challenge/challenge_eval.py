@@ -18,16 +18,9 @@ import torch
 from torchvision.transforms import v2
 
 import utils
-from analysis.backgrounds_challenge.in9 import WHERE, in9_parser, right, variant_images
+from analysis.backgrounds_challenge.in9 import WHERE, in9_parser, of_size, right, variant_images
 from analysis.classifier import record, require, start, summed
-from evaluation.common.arguments import int_from
 from loader import load_rgb, normalize
-
-
-def get_args_parser():
-    parser = in9_parser("Foregrounds that no background turns into another class")
-    parser.add_argument("--foregrounds", type=int_from(1), help="how many to try; by default all")
-    return parser
 
 
 def foreground_files(data):
@@ -53,8 +46,10 @@ def read_mask(path, size):
     """Mask 0 or 1 of a foreground: uint8 [1, S, S]."""
     try:
         mask = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise utils.InputError(f"{path}: cannot be read as a mask ({utils.one_line(error)})") from error
+    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biuf":
+        raise utils.InputError(f"{path}: cannot be read as a mask (no array of numbers)")
     if mask.shape != size:
         raise utils.InputError(f"{path}: a mask of shape {mask.shape}, its image is {size}")
     return torch.from_numpy((mask > 0.5).astype(np.uint8))[None]
@@ -71,7 +66,7 @@ def is_vulnerable(classifier, image, mask, label, backgrounds, batch_size, devic
 
 
 def main():
-    args = get_args_parser().parse_args()
+    args = in9_parser("Foregrounds that no background turns into another class").parse_args()
     process, classifier, backbone = start(args, 9 if args.in9 else 1000)
     files = foreground_files(args.data)
     if args.foregrounds:
@@ -82,7 +77,8 @@ def main():
     backgrounds = torch.stack([images[i][0] for i in range(len(images))])
     vulnerable, mine = torch.zeros(1, dtype=torch.float64), files[process.rank::process.world_size]
     for number, (mask_file, image_file, label) in enumerate(mine, start=1):
-        image = v2.functional.pil_to_tensor(load_rgb(image_file))
+        image = load_rgb(image_file)
+        image = v2.functional.pil_to_tensor(of_size(image, backgrounds.shape[:1:-1], image_file.parent))
         mask = read_mask(mask_file, tuple(image.shape[1:]))
         vulnerable += is_vulnerable(classifier, image, mask, label, backgrounds, args.batch_size, process.device)
         if process.rank == 0 and number % 50 == 0:

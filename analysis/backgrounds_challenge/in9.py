@@ -1,4 +1,5 @@
 """ImageNet-9 (Xiao et al., 2021): its folders, and ImageNet's classes that belong to its nine."""
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torchvision.transforms import v2
 import utils
 from analysis.classifier import classifier_parser, require
 from analysis.common import image_folder
+from evaluation.common.arguments import int_from
 from loader import normalize
 
 WHERE = "https://github.com/MadryLab/backgrounds_challenge"
@@ -51,14 +53,27 @@ def in9_parser(description):
     parser = classifier_parser(description, DATA, data_flag="--data-path")
     parser.add_argument("--in9", action="store_true", help="the classifier has the nine classes of ImageNet-9, in the "
                         "order of the folders; images are normalised as elsewhere here")
+    # Each counts in one of the two scripts; eval_bg_challenge.sh gives all flags to both.
+    parser.add_argument("--eval-dataset", dest="variants", choices=VARIANTS, nargs="+", default=list(VARIANTS),
+                        help="variants that in9_eval.py tests")
+    parser.add_argument("--foregrounds", type=int_from(1), help="how many challenge_eval.py tries; by default all")
     return parser
+
+
+def of_size(image, size, folder):
+    """The PIL image as it is, if its (width, height) is `size`; else raises InputError: nothing is resized here."""
+    if image.size != size:
+        raise utils.InputError(f"data folder {folder}: an image of {image.width} x {image.height} pixels, others have "
+                               f"{size[0]} x {size[1]} ({WHERE})")
+    return image
 
 
 def variant_images(data, variant, transform=None):
     """The images DATA/VARIANT/val/CLASS/*, labels 0 to 8; by default normalised tensors, not resized."""
     folder = Path(data) / variant / "val"
     require(folder, f"{data}/VARIANT/val/CLASS/*.JPEG with the variants {', '.join(VARIANTS)}", WHERE)
-    images = image_folder(folder, transform or v2.Compose([v2.PILToTensor(), normalize]))
+    images = image_folder(folder)
     if len(images.classes) != 9:
         raise utils.InputError(f"data folder {folder}: {len(images.classes)} class folders, ImageNet-9 has 9 ({WHERE})")
-    return images
+    check = partial(of_size, size=images[0][0].size, folder=folder)
+    return images.with_transform(v2.Compose([check, transform or v2.Compose([v2.PILToTensor(), normalize])]))

@@ -10,18 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import utils
-from analysis.backgrounds_challenge.in9 import VARIANTS, in9_parser, right, variant_images
+from analysis.backgrounds_challenge.in9 import in9_parser, right, variant_images
 from analysis.classifier import accuracy, record, start
 
 
-def get_args_parser():
-    parser = in9_parser("Accuracy on the variants of ImageNet-9")
-    parser.add_argument("--eval-dataset", dest="variants", choices=VARIANTS, nargs="+", default=list(VARIANTS))
-    return parser
-
-
 def main():
-    args = get_args_parser().parse_args()
+    args = in9_parser("Accuracy on the variants of ImageNet-9").parse_args()
     process, classifier, backbone = start(args, 9 if args.in9 else 1000)
     sets = {variant: variant_images(args.data, variant) for variant in args.variants}  # all are there before the first runs
     metrics = {}

@@ -181,8 +181,10 @@ def cluster_tiles(bank, cluster, images, kind, topk, patch_size, window):
         return [images[index][0] for index, _ in best_members(bank, cluster, topk)]
     tiles = []
     for index, patch in best_members(bank, cluster, 2 * topk):
+        if len(tiles) == topk:
+            break
         tile = patch_tile(images[index][0], patch, patch_size, window)
-        if len(tiles) < topk and not is_dark(tile):
+        if not is_dark(tile):
             tiles.append(tinted(tile, patch_size, window))
     return tiles
 
@@ -266,14 +268,15 @@ def main():
     args = get_args_parser().parse_args()
     if args.patch_window % 2 == 0:
         raise utils.InputError(f"--patch_window {args.patch_window}: must be odd, so that a patch is in the middle")
-    if args.temperature <= 0:
+    if not 0 < args.temperature < math.inf:
         raise utils.InputError(f"--temperature {args.temperature}: must be above 0")
     if args.pretrained_weights == "random":
         raise utils.InputError("--pretrained_path random: clusters need the projection head of a checkpoint")
     process = start_process(args)
     path = Path(args.save_path)
-    folder = common.output_folder(path.with_suffix("") if path.suffix == ".pth" else path, "--save_path")
-    bank_file = path if path.suffix == ".pth" else folder / f"memory_{args.type}.pth"
+    is_file = path.suffix == ".pth" and not path.is_dir()  # for the reference, FILE.pth must be a folder
+    folder = common.output_folder(path.with_suffix("") if is_file else path, "--save_path")
+    bank_file = path if is_file else folder / f"memory_{args.type}.pth"
 
     backbone, checkpoint = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
                                            args.img_size)

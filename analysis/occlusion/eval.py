@@ -262,7 +262,7 @@ def main():
     if len(images.classes) != len(classifier.linear.bias):
         raise utils.InputError(f"--test_data {args.data}: {len(images.classes)} class folders, the classifier has "
                                f"{len(classifier.linear.bias)} classes")
-    folder = common.output_folder(args.output_dir, "--output_dir") if args.output_dir else None
+    folder = Path(args.output_dir) if args.output_dir else None
     for run in range(args.exp_count):
         degradations = Degradations(size, math.ceil(len(images) / GROUP), args.seed + run, drop, saliency, grids)
         found = measure(classifier, images, degradations, args.batch_size, args.num_workers, process)

@@ -26,7 +26,7 @@ def load_projection_head(checkpoint, key, path, patches=False):
     missing = [name for name in ("mlp.0.weight", "last_layer.weight_v") if name not in state]
     if missing:
         raise utils.InputError(f"checkpoint {path}: key {key!r} holds no projection head (missing: head."
-                               f"{', head.'.join(missing)}); --clusters kmeans needs none")
+                               f"{', head.'.join(missing)}); unsup_cls.py --clusters kmeans needs none")
     norm = None if state.get("mlp.1.weight") is None else "bn" if "mlp.1.running_mean" in state else "ln"
     (hidden_dim, in_dim), (out_dim, bottleneck_dim) = state["mlp.0.weight"].shape, state["last_layer.weight_v"].shape
     head = iBOTHead(in_dim, out_dim, norm=norm, act=getattr(checkpoint.get("args"), "act_in_head", "gelu"),
@@ -72,12 +72,13 @@ def kmeans(features, k, seed=0, max_iter=100, device="cpu", max_block=MAX_BLOCK)
 def _spread_out(x, k, generator):
     """Places [k] of k-means++ (Arthur and Vassilvitskii, 2007): each drawn by the squared distance to the ones before."""
     places = [int(torch.randint(len(x), (), generator=generator))]
-    nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    nearest = torch.full((len(x),), torch.inf, dtype=wide, device=x.device)
     for _ in range(k - 1):
-        nearest = torch.minimum(nearest, (x - x[places[-1]]).square().sum(dim=1).double())
+        nearest = torch.minimum(nearest, (x - x[places[-1]]).square().sum(dim=1).to(wide))
         cumulated = nearest.cumsum(0)
         if cumulated[-1] == 0:  # fewer different images than clusters
-            cumulated = torch.arange(1.0, len(x) + 1, dtype=torch.float64, device=x.device)
-        draw = torch.rand((), generator=generator, dtype=torch.float64).to(x.device) * cumulated[-1]
+            cumulated = torch.arange(1.0, len(x) + 1, dtype=wide, device=x.device)
+        draw = torch.rand((), generator=generator, dtype=torch.float64).to(wide).to(x.device) * cumulated[-1]
         places.append(min(int(torch.searchsorted(cumulated, draw, right=True)), len(x) - 1))
     return torch.tensor(places, device=x.device)
