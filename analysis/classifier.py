@@ -128,12 +128,12 @@ def accuracy(classifier, images, batch_size, num_workers, process, right=None):
 
     right: function of logits [B, C] and labels [B] to bool [B]; by default the largest logit is the label's.
     """
-    hits = torch.zeros(1, dtype=torch.float64)
+    hits = torch.zeros(1, dtype=torch.int64, device=process.device)
     for batch, labels, _ in own_batches(images, batch_size, num_workers, process):
         logits = classifier(batch.to(process.device, non_blocking=True)).float()
         labels = labels.to(process.device)
-        hits += (logits.argmax(dim=1) == labels if right is None else right(logits, labels)).sum().cpu()
-    return summed(hits, process).item() / len(images)
+        hits += (logits.argmax(dim=1) == labels if right is None else right(logits, labels)).sum()
+    return summed(hits.cpu().double(), process).item() / len(images)
 
 
 def require(folder, expected, where):
