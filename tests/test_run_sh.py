@@ -199,7 +199,8 @@ FINETUNING = ["--lr", "1e-3"]
     ("vit_base", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65", "--drop_path", "0.2"]),
     ("vit_large", ["--epochs", "50", "--warmup_epochs", "5", "--layer_decay", "0.75", "--drop_path", "0.4", "--batch_size_per_gpu", "64",
                    "--accum_iter", "2"]),
-    ("swin_base", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65"])])
+    ("swin_base", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65"]),
+    ("swin_large", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65"])])
 def test_fine_tuning_on_imagenet(repository, arch, flags):
     [command] = commands(repository, "imagenet_cls", "job", arch, "teacher", 8, "--lr", "8e-4,2e-3")
     assert command == [*LAUNCH, "--standalone", "--nproc_per_node", "8",
