@@ -780,6 +780,8 @@ def test_transfer_and_few_labels(pretrained, digits, tmp_path):
     (["--drop_path", "1"], "--drop_path must lie in 0..1"),
     (["--cutmix_minmax", "0.5", "0.2"], "--cutmix_minmax"),
     (["--weight_decay", "-1"], "--weight_decay must not be negative"),
+    (["--aa", "randd-m9"], "--aa randd-m9: no policy of timm"),
+    (["--aa", "rand-x9"], "--aa rand-x9: no policy of timm"),
     (["--batch_size", "128"], "120 images are fewer than one batch of 128"),
     (["--finetune_head_layer", "1"], "random"),
     (["--arch", "swin_tiny", "--use_mean_pooling"], "a Swin has mode 0 only"),
