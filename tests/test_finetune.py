@@ -164,6 +164,7 @@ def test_the_reference_s_spellings():
                  "--resume", "auto", "--no-repeated-aug", "--imagenet_default_mean_and_std", "--drop-path", 0.3, "--dist-eval")
     assert (args.batch_size_per_gpu, args.dataset, args.accum_iter, args.image_size, args.avgpool_patchtokens, args.model_ema,
             args.load_from, args.repeated_aug, args.drop_path) == (8, "cifar100", 2, 64, 1, True, "auto", False, 0.3)
+    assert parse("--data-set=Flwrs").dataset == "flowers"
 
 
 # ---------------------------------------------------------------- the network

@@ -70,7 +70,9 @@ def our_words(words):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            out += SWITCHES.get(name, [f"--{RENAMED.get(name, name)}{equals}{value}"])
+            renamed = RENAMED.get(name, name)
+            value = DATA_WORDS.get(value, value) if renamed == "dataset" else value
+            out += SWITCHES.get(name, [f"--{renamed}{equals}{value}"])
         else:
             out.append(DATA_WORDS.get(word, word) if out and out[-1] == "--dataset" else word)
     return out
