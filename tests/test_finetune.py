@@ -777,6 +777,7 @@ def test_transfer_and_few_labels(pretrained, digits, tmp_path):
     (["--lr", "0"], "--lr 0: rates must be above 0"),
     (["--batch_size", "7"], "--batch_size_per_gpu 7: mixup and CutMix need an even number"),
     (["--layer_decay", "0"], "--layer_decay"),
+    (["--seed", str(2**70)], "--seed must be below"),
     (["--mixup_prob", "2"], "--mixup_prob must lie in 0..1"),
     (["--drop_path", "1"], "--drop_path must lie in 0..1"),
     (["--cutmix_minmax", "0.5", "0.2"], "--cutmix_minmax"),

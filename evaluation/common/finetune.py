@@ -205,6 +205,7 @@ def check_args(args):
     for name in ("drop_path", "drop", "attn_drop_rate", "smoothing"):
         value = getattr(args, name)
         need(value is None or 0 <= value < 1, f"--{name} must lie in 0..1: {value}")
+    need(args.seed < 2**63, f"--seed must be below 2^63: {args.seed}")
     need(0 < args.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1: {args.layer_decay}")
     need(args.crop_pct is None or 0 < args.crop_pct <= 1, f"--crop_pct must be above 0 and at most 1: {args.crop_pct}")
     if args.cutmix_minmax:
