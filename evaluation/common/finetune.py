@@ -328,7 +328,8 @@ def validate(network, batches, n, process, amp_dtype=None):
     """
     was_training = network.training
     network.eval()
-    sums, seen = torch.zeros(3, dtype=torch.float64, device=process.device), 0
+    wide = torch.float32 if process.device.type == "mps" else torch.float64  # which MPS lacks
+    sums, seen = torch.zeros(3, dtype=wide, device=process.device), 0
     for images, labels, _ in batches:
         images, labels = images.to(process.device, non_blocking=True), labels.to(process.device, non_blocking=True)
         with torch.autocast(process.device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -339,7 +340,7 @@ def validate(network, batches, n, process, amp_dtype=None):
         places = (seen + torch.arange(len(labels), device=labels.device)) * process.world_size + process.rank
         losses = F.cross_entropy(logits, labels, reduction="none")
         values = torch.stack((losses, (place <= 1).to(losses.dtype), (place <= 5).to(losses.dtype)))  # [3, B]
-        sums += torch.where(places < n, values, 0).sum(dim=1, dtype=torch.float64)
+        sums += torch.where(places < n, values, 0).sum(dim=1, dtype=wide)
         seen += len(labels)
     network.train(was_training)
     if process.world_size > 1:
