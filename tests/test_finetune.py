@@ -800,8 +800,13 @@ def test_bad_input_is_refused_in_one_line(words, message, digits, tmp_path):
 @pytest.mark.parametrize("words, message", [
     (["--checkpoint_key", "techer"], "key 'techer' is not in the file; keys: teacher, student"),
     (["--arch", "vit_small"], "checkpoint.pth.*vit_small"),
-    (["--finetune_head_layer", "3", "--arch", "vit_tiny"], "checkpoint.pth")])
+    (["--finetune_head_layer", "3", "--arch", "vit_tiny"], "checkpoint.pth"),
+    (["--finetune_head_layer", "1", "--checkpoint_key", "bare"], "holds no projection head .*; --finetune_head_layer 0 needs none")])
 def test_weights_that_do_not_fit_are_refused(words, message, pretrained, digits, tmp_path):
+    content = utils.load_checkpoint(pretrained)
+    bare = {name: value for name, value in content["teacher"].items() if not name.startswith("head.")}
+    pretrained = tmp_path / "checkpoint.pth"
+    torch.save(content | {"bare": bare}, pretrained)
     with pytest.raises(utils.InputError, match=message):
         train("--data_path", digits, "--output_dir", tmp_path / "run", "--pretrained_weights", pretrained, *words)
 
