@@ -734,6 +734,33 @@ def test_another_task_is_not_resumed(whole, digits, tmp_path, capsys):
     assert "starting over" in capsys.readouterr().out and len((folder / "log.txt").read_text().splitlines()) == 1
 
 
+def test_a_result_is_not_taken_for_that_of_other_images(whole, digits, tmp_path, at_fetch):
+    """Another folder, as of the 10 % instead of the 1 %, with the same flags otherwise."""
+    data, moved, folder = tmp_path / "data", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(digits, data)
+    shutil.copytree(whole, folder)
+    words = [*FULL, "--load_from", "auto", "--output_dir", folder, "--data_path"]
+    assert train(*words, data)  # the same images elsewhere
+    pictures = sorted((data / "train").rglob("*.png"))
+    count = len(pictures)
+    pictures[0].rename(pictures[0].with_name("other.png"))
+    with pytest.raises(utils.InputError, match=f"its run had other training images, {count}, than the {count} here"):
+        train(*words, data)
+    shutil.rmtree(folder)
+    undo = at_fetch(5)
+    with pytest.raises(utils.Preempted):
+        train(*words, data)
+    undo()
+    shutil.copytree(data, moved)
+    for path in sorted((moved / "train").rglob("*.png"))[::2]:
+        path.unlink()
+    with pytest.raises(utils.InputError, match=f"its run had other training images, {count}, than the {count // 2} here"):
+        train(*words, moved)
+    (data / "train").joinpath(pictures[1].parent.name, pictures[1].name).unlink()  # one less of a run that goes on
+    train(*words, data)
+    assert json.loads((folder / "log.txt").read_text().splitlines()[-1])["epoch"] == 1
+
+
 def test_eval_of_the_best_weights(whole, digits, capsys):
     found = train("--data_path", digits, "--output_dir", whole, "--eval")
     best = utils.load_checkpoint(whole / "checkpoint-best.pth")["progress"]["best"]

@@ -7,6 +7,7 @@ Letters: B images per process and batch, C classes, D width of the backbone, L b
 """
 import argparse
 import copy
+import hashlib
 import math
 import os
 import shutil
@@ -365,10 +366,10 @@ class Training:
 
 def new_progress():
     """What a checkpoint holds of the running epoch: updates made, sums and counts of the meters, updates dropped in a row;
-    and of the run: names of bad images, images of an update, hash of the pre-trained weights, the best validation and the
-    last one."""
-    return {"step": 0, "totals": {}, "counts": {}, "dropped": 0, "bad": [], "total_batch": 0, "weights": "", "best": {},
-            "last": {}}
+    and of the run: names of bad images, images of an update, hashes of the pre-trained weights and of the training images'
+    names, number of these, the best validation and the last one."""
+    return {"step": 0, "totals": {}, "counts": {}, "dropped": 0, "bad": [], "total_batch": 0, "weights": "", "names": "",
+            "images": 0, "best": {}, "last": {}}
 
 
 def network_state(model):
@@ -423,10 +424,11 @@ class OtherTask(utils.InputError):
     that of these."""
 
 
-def notes_of_resume(path, checkpoint, args, weights_hash):
-    """Lines that say what is resumed, and what is not as it was. Raises `OtherTask`."""
+def notes_of_resume(path, checkpoint, args, now):
+    """Lines that say what is resumed, and what is not as it was. `now`: `new_progress` of this task. Raises `OtherTask`."""
     advice = "choose another --output_dir, or start over with --overwrite true"
-    if checkpoint["progress"]["weights"] != weights_hash:
+    then = checkpoint["progress"]
+    if then["weights"] != now["weights"]:
         raise OtherTask(f"checkpoint {path}: its run began with other weights than {args.pretrained_weights}; {advice}")
     task = {"dataset", "train_subset", "subset_seed", "finetune_head_layer", "avgpool_patchtokens"}
     free = utils.FREE_FLAGS | {"results_dir", "save_ckpt_freq", "on_nonfinite", "eval", "download", "arch", "patch_size",
@@ -434,9 +436,15 @@ def notes_of_resume(path, checkpoint, args, weights_hash):
     changed = utils.changed_flags(vars(args), checkpoint, free)
     for name in changed:
         if name in task or checkpoint["epoch"] >= args.epochs:
-            then = utils.printable(getattr(checkpoint["args"], name))
-            raise OtherTask(f"checkpoint {path}: its run had --{name} {then}; {advice}")
-    return [f"resumed from {path}", *changed.values()]
+            value = utils.printable(getattr(checkpoint["args"], name))
+            raise OtherTask(f"checkpoint {path}: its run had --{name} {value}; {advice}")
+    # Folders may move, and lose a few bad images in the course of a run.
+    other_images = then["names"] != now["names"]
+    if other_images and (checkpoint["epoch"] >= args.epochs or abs(then["images"] / now["images"] - 1) > 0.01):
+        raise OtherTask(f"checkpoint {path}: its run had other training images, {then['images']}, than the {now['images']} "
+                        f"here; {advice}")
+    notes = [f"note: there are {now['images']} training images, the checkpoint's run had {then['images']}"] * other_images
+    return [f"resumed from {path}", *changed.values(), *notes]
 
 
 def resume(args, folder, best_file, training):
@@ -450,7 +458,7 @@ def resume(args, folder, best_file, training):
     if path is None:
         return None, 0, []
     try:
-        notes = notes_of_resume(path, checkpoint, args, training.source.weights_hash)
+        notes = notes_of_resume(path, checkpoint, args, training.progress)
     except OtherTask as error:
         if not args.overwrite:
             raise
@@ -461,7 +469,7 @@ def resume(args, folder, best_file, training):
     utils.load_optimizer(training.optimizer, checkpoint["optimizer"], path)
     if training.scaler is not None and "scaler" in checkpoint:
         utils.load_scaler(training.scaler, checkpoint["scaler"], path)
-    training.progress = checkpoint["progress"]
+    training.progress = checkpoint["progress"] | {name: training.progress[name] for name in ("names", "images")}
     return path, checkpoint["epoch"], notes
 
 
@@ -583,17 +591,18 @@ def described(validation):
     return f"top-1 {validation['top1']:.2f} %{top5} (epoch {validation['epoch']})"
 
 
-def build_training(args, key, content, num_classes, amp_dtype, device):
-    """The `Training` of a checkpoint's entry, at its beginning."""
+def build_training(args, key, content, train, amp_dtype, device):
+    """The `Training` of a checkpoint's entry on the `ImageSet` train, at its beginning."""
     utils.fix_random_seeds(args.seed)  # the same first weights of the head in all processes
-    model, source = build_network(args, key, content, num_classes)
+    model, source = build_network(args, key, content, len(train.classes))
     model = model.to(device)
+    names = hashlib.sha256("\n".join(train.paths()).encode(errors="surrogateescape")).hexdigest()
     return Training(
         source, model, copy.deepcopy(model).requires_grad_(False).eval() if args.model_ema else None,
         torch.optim.AdamW(parameter_groups(model, args.layer_decay, args.decay_positions), lr=0.0,
                           fused=device.type in ("cuda", "cpu")),
         torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
-        new_progress() | {"weights": source.weights_hash})
+        new_progress() | {"weights": source.weights_hash, "names": names, "images": len(train)})
 
 
 def build_loaders(args, sets, source, process):
@@ -623,7 +632,7 @@ def run_one(args, protocol, key, folder, content, sets, process, signals, at_end
 
     # ============ network, data, schedules ============
     amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    training = build_training(args, key, content, len(sets[0].classes), amp_dtype, device)
+    training = build_training(args, key, content, sets[0], amp_dtype, device)
     model = training.model
     train_loader, val_loader = build_loaders(args, sets, training.source, process)
     if args.eval:
