@@ -81,7 +81,7 @@ task() {
             fixed+=(--lr 1e-3) ;;
         imagenet_semi_cls)
             script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} features=''
-            [ -n "$subset" ] || data=${DATA_PATH:-${at}data/imagenet_split}
+            [ -n "$subset" ] || data=${at}data/imagenet_split
             fixed=(--avgpool_patchtokens "${AVGPOOL:-0}" --finetune_head_layer 1 --epochs 1000 --lr 5e-6) ;;
         cifar_cls)   transfer cifar cifar cifar100 7.5e-6 1000 ;;
         cifar10_cls) transfer cifar10 cifar cifar10 7.5e-6 1000 ;;
@@ -300,8 +300,9 @@ run_tasks() {
     if [ $# -gt 5 ]; then
         subset=$(flag_value --train_subset "${@:6}")
         [ -n "$subset" ] || [ "${1#*pretrain}" != "$1" ] || subset=$(flag_value --data_path "${@:6}")
-        subset=${subset%/}
     fi
+    subset=${subset:-${DATA_PATH:-}}
+    subset=${subset%/}
 
     local rest=$1+ pretrains=""
     while [ -n "$rest" ]; do

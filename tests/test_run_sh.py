@@ -244,8 +244,9 @@ def test_few_labels(repository):
         assert command[1] == "evaluation/semi_supervised/eval_cls.py" and flag(command, "--results_dir") == "work_dirs/job"
         return command[command.index("--data_path") + 1], flag(command, "--output_dir").removeprefix("work_dirs/job/")
     assert found() == ("data/imagenet_split", "semi_cls/teacher")
-    assert found(DATA_PATH="mine")[0] == "mine"
     # Subsets have a folder each.
+    assert found(DATA_PATH="mine/1p/") == ("mine/1p/", "semi_cls/1p/teacher")
+    assert found("--train_subset", "0.1", DATA_PATH="mine") == ("mine", "semi_cls/0.1/teacher")
     assert found("--train_subset", "lists/1percent.txt") == ("data/imagenet", "semi_cls/1percent.txt/teacher")
     assert found("--train_subset=0.1") == ("data/imagenet", "semi_cls/0.1/teacher")
     assert found("--data_path", "data/imagenet_1p_split/") == ("data/imagenet_1p_split/", "semi_cls/imagenet_1p_split/teacher")
