@@ -867,6 +867,15 @@ def test_a_folder_with_a_run_is_not_overwritten(whole, digits):
         train("--data_path", digits, "--output_dir", whole)
 
 
+def test_the_pretrained_weights_are_not_overwritten(pretrained, digits, tmp_path):
+    weights = tmp_path / "checkpoint.pth"
+    shutil.copy(pretrained, weights)
+    for words in ([], ["--load_from", "auto"]):
+        with pytest.raises(utils.InputError, match="--overwrite would delete .*checkpoint.pth, the pre-trained weights; choose another"):
+            train("--data_path", digits, "--output_dir", tmp_path, "--pretrained_weights", weights, "--overwrite", "true", *words)
+    assert weights.read_bytes() == pretrained.read_bytes()
+
+
 def test_losses_that_are_not_finite_end_the_run(digits, tmp_path, monkeypatch):
     original = finetune.build_network
 

@@ -538,6 +538,11 @@ def run_all(args, protocol, rates, signals, at_end):
         raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key and one --lr, and no --overwrite")
     for (key, _), folder in runs.items():
         held = run_files(folder, protocol.best_file.replace("KEY", key))
+        if args.overwrite and not args.eval and any(
+                path.is_file() and os.path.exists(args.pretrained_weights) and path.samefile(args.pretrained_weights)
+                for path in held):
+            raise utils.InputError(f"--overwrite would delete {args.pretrained_weights}, the pre-trained weights; choose "
+                                   f"another --output_dir than {folder}")
         utils.check_output(folder, args.load_from, args.overwrite or args.eval, held)
     read_results(results_folder(args))  # a damaged one, or a wrong key, is not found hours later
     checkpoint = read_weights(args.pretrained_weights)
