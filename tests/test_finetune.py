@@ -651,6 +651,15 @@ def test_a_run_leaves_its_files(whole):
     VisionTransformer(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=10).load_state_dict(checkpoint["model"])
 
 
+def test_records_hold_what_sets_results_apart(whole):
+    """Of records with equal settings the report shows the last one only."""
+    (record,) = json.loads((whole / "results.json").read_text())
+    elsewhere = {"pretrained_weights", "checkpoint_key", "batch_size_per_gpu", "accum_iter"}  # weights_hash, key, total_batch
+    neutral = utils.FREE_FLAGS | {"results_dir", "download", "eval", "save_ckpt_freq", "on_nonfinite", "use_fp16", "amp_dtype",
+                                  "model_ema", "model_ema_decay", "enable_deepspeed"}
+    assert not vars(parse()).keys() - record["settings"].keys() - elsewhere - neutral
+
+
 @pytest.mark.parametrize("fetch", [1, 6, 15, 16, 20, 35])
 def test_stopped_run_goes_on_bit_for_bit(fetch, whole, digits, tmp_path, at_fetch):
     """An epoch takes 14 batches for 7 updates, validation 4 and a look for a fifth: stops at a start, amid an update, in validation."""

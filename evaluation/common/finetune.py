@@ -37,8 +37,11 @@ from evaluation.common.features import sharded_loader
 from evaluation.common.protocol import read_sets, start_process
 from evaluation.common.results import append_result, read_results, results_folder, shared_settings
 
-RECORDED = ("epochs", "layer_decay", "finetune_head_layer", "warmup_epochs", "min_lr", "weight_decay", "clip_grad", "aa",
-            "hflip", "reprob", "mixup", "cutmix", "smoothing", "repeated_aug", "seed")  # flags that set results apart
+RECORDED = ("epochs", "layer_decay", "finetune_head_layer", "init_scale", "drop", "attn_drop_rate", "lr_for_batch",
+            "schedule", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "weight_decay_end", "decay_positions",
+            "clip_grad", "aa", "color_jitter", "hflip", "train_interpolation", "reprob", "remode", "recount", "mixup",
+            "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing", "repeated_aug",
+            "crop_pct", "val_interpolation", "val_freq", "seed")  # flags that set results apart
 
 
 @dataclass(frozen=True)
