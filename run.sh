@@ -72,16 +72,16 @@ task() {
         imagenet_cls)
             script=evaluation/classification_layer_decay/run_class_finetuning.py runs=together sub=cls/imnet features=''
             case $arch in  # Tables 2 and 11, for 8 GPUs; the paper has no Swin: the reference's fixed settings
+                swin*) fixed=(--epochs 100 --warmup_epochs 20 --layer_decay 0.65) ;;
                 *large) fixed=(--epochs 50 --warmup_epochs 5 --layer_decay 0.75 --drop_path 0.4
                                --batch_size_per_gpu 64 --accum_iter 2) ;;
-                swin*) fixed=(--epochs 100 --warmup_epochs 20 --layer_decay 0.65) ;;
                 *base) fixed=(--epochs 100 --warmup_epochs 20 --layer_decay 0.65 --drop_path 0.2) ;;
                 *) fixed=(--epochs 200 --warmup_epochs 20 --layer_decay 0.75 --drop_path 0.1) ;;
             esac
             fixed+=(--lr 1e-3) ;;
         imagenet_semi_cls)
             script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} features=''
-            [ -n "$subset" ] || data=${DATA_PATH:-${at}data/imagenet_split}
+            [ -n "$subset" ] || data=${at}data/imagenet_split
             fixed=(--avgpool_patchtokens "${AVGPOOL:-0}" --finetune_head_layer 1 --epochs 1000 --lr 5e-6) ;;
         cifar_cls)   transfer cifar cifar cifar100 7.5e-6 1000 ;;
         cifar10_cls) transfer cifar10 cifar cifar10 7.5e-6 1000 ;;
@@ -300,8 +300,9 @@ run_tasks() {
     if [ $# -gt 5 ]; then
         subset=$(flag_value --train_subset "${@:6}")
         [ -n "$subset" ] || [ "${1#*pretrain}" != "$1" ] || subset=$(flag_value --data_path "${@:6}")
-        subset=${subset%/}
     fi
+    subset=${subset:-${DATA_PATH:-}}
+    subset=${subset%/}
 
     local rest=$1+ pretrains=""
     while [ -n "$rest" ]; do

@@ -164,6 +164,7 @@ def test_the_reference_s_spellings():
                  "--resume", "auto", "--no-repeated-aug", "--imagenet_default_mean_and_std", "--drop-path", 0.3, "--dist-eval")
     assert (args.batch_size_per_gpu, args.dataset, args.accum_iter, args.image_size, args.avgpool_patchtokens, args.model_ema,
             args.load_from, args.repeated_aug, args.drop_path) == (8, "cifar100", 2, 64, 1, True, "auto", False, 0.3)
+    assert parse("--data-set=Flwrs").dataset == "flowers"
 
 
 # ---------------------------------------------------------------- the network
@@ -650,6 +651,15 @@ def test_a_run_leaves_its_files(whole):
     VisionTransformer(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=10).load_state_dict(checkpoint["model"])
 
 
+def test_records_hold_what_sets_results_apart(whole):
+    """Of records with equal settings the report shows the last one only."""
+    (record,) = json.loads((whole / "results.json").read_text())
+    elsewhere = {"pretrained_weights", "checkpoint_key", "batch_size_per_gpu", "accum_iter"}  # weights_hash, key, total_batch
+    neutral = utils.FREE_FLAGS | {"results_dir", "download", "eval", "save_ckpt_freq", "on_nonfinite", "use_fp16", "amp_dtype",
+                                  "model_ema", "model_ema_decay", "enable_deepspeed"}
+    assert not vars(parse()).keys() - record["settings"].keys() - elsewhere - neutral
+
+
 @pytest.mark.parametrize("fetch", [1, 6, 15, 16, 20, 35])
 def test_stopped_run_goes_on_bit_for_bit(fetch, whole, digits, tmp_path, at_fetch):
     """An epoch takes 14 batches for 7 updates, validation 4 and a look for a fifth: stops at a start, amid an update, in validation."""
@@ -733,6 +743,33 @@ def test_another_task_is_not_resumed(whole, digits, tmp_path, capsys):
     assert "starting over" in capsys.readouterr().out and len((folder / "log.txt").read_text().splitlines()) == 1
 
 
+def test_a_result_is_not_taken_for_that_of_other_images(whole, digits, tmp_path, at_fetch):
+    """Another folder, as of the 10 % instead of the 1 %, with the same flags otherwise."""
+    data, moved, folder = tmp_path / "data", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(digits, data)
+    shutil.copytree(whole, folder)
+    words = [*FULL, "--load_from", "auto", "--output_dir", folder, "--data_path"]
+    assert train(*words, data)  # the same images elsewhere
+    pictures = sorted((data / "train").rglob("*.png"))
+    count = len(pictures)
+    pictures[0].rename(pictures[0].with_name("other.png"))
+    with pytest.raises(utils.InputError, match=f"its run had other training images, {count}, than the {count} here"):
+        train(*words, data)
+    shutil.rmtree(folder)
+    undo = at_fetch(5)
+    with pytest.raises(utils.Preempted):
+        train(*words, data)
+    undo()
+    shutil.copytree(data, moved)
+    for path in sorted((moved / "train").rglob("*.png"))[::2]:
+        path.unlink()
+    with pytest.raises(utils.InputError, match=f"its run had other training images, {count}, than the {count // 2} here"):
+        train(*words, moved)
+    (data / "train").joinpath(pictures[1].parent.name, pictures[1].name).unlink()  # one less of a run that goes on
+    train(*words, data)
+    assert json.loads((folder / "log.txt").read_text().splitlines()[-1])["epoch"] == 1
+
+
 def test_eval_of_the_best_weights(whole, digits, capsys):
     found = train("--data_path", digits, "--output_dir", whole, "--eval")
     best = utils.load_checkpoint(whole / "checkpoint-best.pth")["progress"]["best"]
@@ -776,10 +813,13 @@ def test_transfer_and_few_labels(pretrained, digits, tmp_path):
     (["--lr", "0"], "--lr 0: rates must be above 0"),
     (["--batch_size", "7"], "--batch_size_per_gpu 7: mixup and CutMix need an even number"),
     (["--layer_decay", "0"], "--layer_decay"),
+    (["--seed", str(2**70)], "--seed must be below"),
     (["--mixup_prob", "2"], "--mixup_prob must lie in 0..1"),
     (["--drop_path", "1"], "--drop_path must lie in 0..1"),
     (["--cutmix_minmax", "0.5", "0.2"], "--cutmix_minmax"),
     (["--weight_decay", "-1"], "--weight_decay must not be negative"),
+    (["--aa", "randd-m9"], "--aa randd-m9: no policy of timm"),
+    (["--aa", "rand-x9"], "--aa rand-x9: no policy of timm"),
     (["--batch_size", "128"], "120 images are fewer than one batch of 128"),
     (["--finetune_head_layer", "1"], "random"),
     (["--arch", "swin_tiny", "--use_mean_pooling"], "a Swin has mode 0 only"),
@@ -796,8 +836,13 @@ def test_bad_input_is_refused_in_one_line(words, message, digits, tmp_path):
 @pytest.mark.parametrize("words, message", [
     (["--checkpoint_key", "techer"], "key 'techer' is not in the file; keys: teacher, student"),
     (["--arch", "vit_small"], "checkpoint.pth.*vit_small"),
-    (["--finetune_head_layer", "3", "--arch", "vit_tiny"], "checkpoint.pth")])
+    (["--finetune_head_layer", "3", "--arch", "vit_tiny"], "checkpoint.pth"),
+    (["--finetune_head_layer", "1", "--checkpoint_key", "bare"], "holds no projection head .*; --finetune_head_layer 0 needs none")])
 def test_weights_that_do_not_fit_are_refused(words, message, pretrained, digits, tmp_path):
+    content = utils.load_checkpoint(pretrained)
+    bare = {name: value for name, value in content["teacher"].items() if not name.startswith("head.")}
+    pretrained = tmp_path / "checkpoint.pth"
+    torch.save(content | {"bare": bare}, pretrained)
     with pytest.raises(utils.InputError, match=message):
         train("--data_path", digits, "--output_dir", tmp_path / "run", "--pretrained_weights", pretrained, *words)
 
@@ -829,6 +874,15 @@ def test_tasks_of_run_sh_have_flags_that_there_are(tmp_path):
 def test_a_folder_with_a_run_is_not_overwritten(whole, digits):
     with pytest.raises(utils.InputError, match="already holds a run .*--load_from auto"):
         train("--data_path", digits, "--output_dir", whole)
+
+
+def test_the_pretrained_weights_are_not_overwritten(pretrained, digits, tmp_path):
+    weights = tmp_path / "checkpoint.pth"
+    shutil.copy(pretrained, weights)
+    for words in ([], ["--load_from", "auto"]):
+        with pytest.raises(utils.InputError, match="--overwrite would delete .*checkpoint.pth, the pre-trained weights; choose another"):
+            train("--data_path", digits, "--output_dir", tmp_path, "--pretrained_weights", weights, "--overwrite", "true", *words)
+    assert weights.read_bytes() == pretrained.read_bytes()
 
 
 def test_losses_that_are_not_finite_end_the_run(digits, tmp_path, monkeypatch):

@@ -199,7 +199,8 @@ FINETUNING = ["--lr", "1e-3"]
     ("vit_base", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65", "--drop_path", "0.2"]),
     ("vit_large", ["--epochs", "50", "--warmup_epochs", "5", "--layer_decay", "0.75", "--drop_path", "0.4", "--batch_size_per_gpu", "64",
                    "--accum_iter", "2"]),
-    ("swin_base", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65"])])
+    ("swin_base", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65"]),
+    ("swin_large", ["--epochs", "100", "--warmup_epochs", "20", "--layer_decay", "0.65"])])
 def test_fine_tuning_on_imagenet(repository, arch, flags):
     [command] = commands(repository, "imagenet_cls", "job", arch, "teacher", 8, "--lr", "8e-4,2e-3")
     assert command == [*LAUNCH, "--standalone", "--nproc_per_node", "8",
@@ -243,8 +244,9 @@ def test_few_labels(repository):
         assert command[1] == "evaluation/semi_supervised/eval_cls.py" and flag(command, "--results_dir") == "work_dirs/job"
         return command[command.index("--data_path") + 1], flag(command, "--output_dir").removeprefix("work_dirs/job/")
     assert found() == ("data/imagenet_split", "semi_cls/teacher")
-    assert found(DATA_PATH="mine")[0] == "mine"
     # Subsets have a folder each.
+    assert found(DATA_PATH="mine/1p/") == ("mine/1p/", "semi_cls/1p/teacher")
+    assert found("--train_subset", "0.1", DATA_PATH="mine") == ("mine", "semi_cls/0.1/teacher")
     assert found("--train_subset", "lists/1percent.txt") == ("data/imagenet", "semi_cls/1percent.txt/teacher")
     assert found("--train_subset=0.1") == ("data/imagenet", "semi_cls/0.1/teacher")
     assert found("--data_path", "data/imagenet_1p_split/") == ("data/imagenet_1p_split/", "semi_cls/imagenet_1p_split/teacher")

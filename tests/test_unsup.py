@@ -55,7 +55,7 @@ def test_heads_that_are_not_whole(removed, words):
     head = iBOTHead(16, 30, hidden_dim=24)
     state = {name: value for name, value in wrapped(head, "").items() if removed and not name.endswith(removed)}
     with pytest.raises(utils.InputError, match=f"a.pth.*{words}"):
-        load_projection_head({"teacher": state | {"backbone.norm.weight": torch.ones(1)}}, "teacher", "a.pth")
+        load_projection_head({"teacher": state | {"backbone.norm.weight": torch.ones(1)}}, "teacher", "a.pth", hint="; --clusters kmeans needs none")
 
 
 # ---------------------------------------------------------------- k-means

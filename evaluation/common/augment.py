@@ -46,10 +46,15 @@ def train_transform(size, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4,
 
     A random crop, a flip, `auto_augment` (None: the colour jitter, which timm leaves out otherwise), random erasing. Images
     of up to 32 pixels are moved by up to an eighth of their side instead of being scaled: 4 of 32, as usual for CIFAR.
+    Raises InputError for a policy that timm does not know.
     """
-    transform = create_transform(
-        size, is_training=True, auto_augment=auto_augment, color_jitter=color_jitter, interpolation=interpolation,
-        re_prob=erase_prob, re_mode=erase_mode, re_count=erase_count, hflip=flip_prob, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    try:
+        transform = create_transform(
+            size, is_training=True, auto_augment=auto_augment, color_jitter=color_jitter, interpolation=interpolation,
+            re_prob=erase_prob, re_mode=erase_mode, re_count=erase_count, hflip=flip_prob, mean=IMAGENET_MEAN,
+            std=IMAGENET_STD)
+    except (AssertionError, ValueError) as error:  # how timm refuses the name of a policy
+        raise InputError(f"--aa {auto_augment}: no policy of timm ({error})") from error
     for part in transform.transforms:
         for op in [*getattr(part, "ops", []), *(op for policy in getattr(part, "policy", []) for op in policy)]:
             if op.aug_fn is posterize:

@@ -72,7 +72,8 @@ def build_network(args, key, checkpoint, num_classes):
     set_dropout(backbone, args.drop_path if args.drop_path is not None or is_swin else 0.1, args.drop, args.attn_drop_rate)
 
     if args.finetune_head_layer:
-        projection = load_projection_head(checkpoint, key, args.pretrained_weights).train().requires_grad_(True)
+        projection = load_projection_head(checkpoint, key, args.pretrained_weights,
+                                          hint="; --finetune_head_layer 0 needs none").train().requires_grad_(True)
         head = ProjectionClassifier(projection, args.finetune_head_layer, num_classes)
         new = head.fc
     else:

@@ -11,12 +11,12 @@ from models import iBOTHead
 MAX_BLOCK = 64_000_000  # floats of the largest intermediate: 256 MB
 
 
-def load_projection_head(checkpoint, key, path, patches=False):
+def load_projection_head(checkpoint, key, path, patches=False, hint=""):
     """The projection head of the network under `key` of a checkpoint that was read from `path`.
 
     It is the one for [CLS] tokens; with `patches` its last layer is the one for patch tokens, if these have their own.
     Sizes and norms follow from the weights, the activation from the checkpoint's `args` (GELU if it has none). Heads of
-    iBOT and of DINO are read. Raises InputError if there is none or if names are missing.
+    iBOT and of DINO are read. Raises InputError if there is none, with the `hint` what to do, or if names are missing.
     """
     names = utils.without_prefix({name: value for name, value in utils.network_state_dict(checkpoint, key, path).items()
                                   if name.startswith("head.")}, "head.")
@@ -26,7 +26,7 @@ def load_projection_head(checkpoint, key, path, patches=False):
     missing = [name for name in ("mlp.0.weight", "last_layer.weight_v") if name not in state]
     if missing:
         raise utils.InputError(f"checkpoint {path}: key {key!r} holds no projection head (missing: head."
-                               f"{', head.'.join(missing)}); unsup_cls.py --clusters kmeans needs none")
+                               f"{', head.'.join(missing)}){hint}")
     norm = None if state.get("mlp.1.weight") is None else "bn" if "mlp.1.running_mean" in state else "ln"
     (hidden_dim, in_dim), (out_dim, bottleneck_dim) = state["mlp.0.weight"].shape, state["last_layer.weight_v"].shape
     head = iBOTHead(in_dim, out_dim, norm=norm, act=getattr(checkpoint.get("args"), "act_in_head", "gelu"),

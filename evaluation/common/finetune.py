@@ -7,6 +7,7 @@ Letters: B images per process and batch, C classes, D width of the backbone, L b
 """
 import argparse
 import copy
+import hashlib
 import math
 import os
 import shutil
@@ -36,8 +37,11 @@ from evaluation.common.features import sharded_loader
 from evaluation.common.protocol import read_sets, start_process
 from evaluation.common.results import append_result, read_results, results_folder, shared_settings
 
-RECORDED = ("epochs", "layer_decay", "finetune_head_layer", "warmup_epochs", "min_lr", "weight_decay", "clip_grad", "aa",
-            "hflip", "reprob", "mixup", "cutmix", "smoothing", "repeated_aug", "seed")  # flags that set results apart
+RECORDED = ("epochs", "layer_decay", "finetune_head_layer", "init_scale", "drop", "attn_drop_rate", "lr_for_batch",
+            "schedule", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "weight_decay_end", "decay_positions",
+            "clip_grad", "aa", "color_jitter", "hflip", "train_interpolation", "reprob", "remode", "recount", "mixup",
+            "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing", "repeated_aug",
+            "crop_pct", "val_interpolation", "val_freq", "seed")  # flags that set results apart
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ def our_words(words):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            out += SWITCHES.get(name, [f"--{RENAMED.get(name, name)}{equals}{value}"])
+            renamed = RENAMED.get(name, name)
+            value = DATA_WORDS.get(value, value) if renamed == "dataset" else value
+            out += SWITCHES.get(name, [f"--{renamed}{equals}{value}"])
         else:
             out.append(DATA_WORDS.get(word, word) if out and out[-1] == "--dataset" else word)
     return out
@@ -203,6 +209,7 @@ def check_args(args):
     for name in ("drop_path", "drop", "attn_drop_rate", "smoothing"):
         value = getattr(args, name)
         need(value is None or 0 <= value < 1, f"--{name} must lie in 0..1: {value}")
+    need(args.seed < 2**63, f"--seed must be below 2^63: {args.seed}")
     need(0 < args.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1: {args.layer_decay}")
     need(args.crop_pct is None or 0 < args.crop_pct <= 1, f"--crop_pct must be above 0 and at most 1: {args.crop_pct}")
     if args.cutmix_minmax:
@@ -325,7 +332,8 @@ def validate(network, batches, n, process, amp_dtype=None):
     """
     was_training = network.training
     network.eval()
-    sums, seen = torch.zeros(3, dtype=torch.float64, device=process.device), 0
+    wide = torch.float32 if process.device.type == "mps" else torch.float64  # which MPS lacks
+    sums, seen = torch.zeros(3, dtype=wide, device=process.device), 0
     for images, labels, _ in batches:
         images, labels = images.to(process.device, non_blocking=True), labels.to(process.device, non_blocking=True)
         with torch.autocast(process.device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -336,7 +344,7 @@ def validate(network, batches, n, process, amp_dtype=None):
         places = (seen + torch.arange(len(labels), device=labels.device)) * process.world_size + process.rank
         losses = F.cross_entropy(logits, labels, reduction="none")
         values = torch.stack((losses, (place <= 1).to(losses.dtype), (place <= 5).to(losses.dtype)))  # [3, B]
-        sums += torch.where(places < n, values, 0).sum(dim=1, dtype=torch.float64)
+        sums += torch.where(places < n, values, 0).sum(dim=1, dtype=wide)
         seen += len(labels)
     network.train(was_training)
     if process.world_size > 1:
@@ -361,10 +369,10 @@ class Training:
 
 def new_progress():
     """What a checkpoint holds of the running epoch: updates made, sums and counts of the meters, updates dropped in a row;
-    and of the run: names of bad images, images of an update, hash of the pre-trained weights, the best validation and the
-    last one."""
-    return {"step": 0, "totals": {}, "counts": {}, "dropped": 0, "bad": [], "total_batch": 0, "weights": "", "best": {},
-            "last": {}}
+    and of the run: names of bad images, images of an update, hashes of the pre-trained weights and of the training images'
+    names, number of these, the best validation and the last one."""
+    return {"step": 0, "totals": {}, "counts": {}, "dropped": 0, "bad": [], "total_batch": 0, "weights": "", "names": "",
+            "images": 0, "best": {}, "last": {}}
 
 
 def network_state(model):
@@ -419,10 +427,11 @@ class OtherTask(utils.InputError):
     that of these."""
 
 
-def notes_of_resume(path, checkpoint, args, weights_hash):
-    """Lines that say what is resumed, and what is not as it was. Raises `OtherTask`."""
+def notes_of_resume(path, checkpoint, args, now):
+    """Lines that say what is resumed, and what is not as it was. `now`: `new_progress` of this task. Raises `OtherTask`."""
     advice = "choose another --output_dir, or start over with --overwrite true"
-    if checkpoint["progress"]["weights"] != weights_hash:
+    then = checkpoint["progress"]
+    if then["weights"] != now["weights"]:
         raise OtherTask(f"checkpoint {path}: its run began with other weights than {args.pretrained_weights}; {advice}")
     task = {"dataset", "train_subset", "subset_seed", "finetune_head_layer", "avgpool_patchtokens"}
     free = utils.FREE_FLAGS | {"results_dir", "save_ckpt_freq", "on_nonfinite", "eval", "download", "arch", "patch_size",
@@ -430,9 +439,15 @@ def notes_of_resume(path, checkpoint, args, weights_hash):
     changed = utils.changed_flags(vars(args), checkpoint, free)
     for name in changed:
         if name in task or checkpoint["epoch"] >= args.epochs:
-            then = utils.printable(getattr(checkpoint["args"], name))
-            raise OtherTask(f"checkpoint {path}: its run had --{name} {then}; {advice}")
-    return [f"resumed from {path}", *changed.values()]
+            value = utils.printable(getattr(checkpoint["args"], name))
+            raise OtherTask(f"checkpoint {path}: its run had --{name} {value}; {advice}")
+    # Folders may move, and lose a few bad images in the course of a run.
+    other_images = then["names"] != now["names"]
+    if other_images and (checkpoint["epoch"] >= args.epochs or abs(then["images"] / now["images"] - 1) > 0.01):
+        raise OtherTask(f"checkpoint {path}: its run had other training images, {then['images']}, than the {now['images']} "
+                        f"here; {advice}")
+    notes = [f"note: there are {now['images']} training images, the checkpoint's run had {then['images']}"] * other_images
+    return [f"resumed from {path}", *changed.values(), *notes]
 
 
 def resume(args, folder, best_file, training):
@@ -446,7 +461,7 @@ def resume(args, folder, best_file, training):
     if path is None:
         return None, 0, []
     try:
-        notes = notes_of_resume(path, checkpoint, args, training.source.weights_hash)
+        notes = notes_of_resume(path, checkpoint, args, training.progress)
     except OtherTask as error:
         if not args.overwrite:
             raise
@@ -457,7 +472,7 @@ def resume(args, folder, best_file, training):
     utils.load_optimizer(training.optimizer, checkpoint["optimizer"], path)
     if training.scaler is not None and "scaler" in checkpoint:
         utils.load_scaler(training.scaler, checkpoint["scaler"], path)
-    training.progress = checkpoint["progress"]
+    training.progress = checkpoint["progress"] | {name: training.progress[name] for name in ("names", "images")}
     return path, checkpoint["epoch"], notes
 
 
@@ -526,6 +541,11 @@ def run_all(args, protocol, rates, signals, at_end):
         raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key and one --lr, and no --overwrite")
     for (key, _), folder in runs.items():
         held = run_files(folder, protocol.best_file.replace("KEY", key))
+        if args.overwrite and not args.eval and any(
+                path.is_file() and os.path.exists(args.pretrained_weights) and path.samefile(args.pretrained_weights)
+                for path in held):
+            raise utils.InputError(f"--overwrite would delete {args.pretrained_weights}, the pre-trained weights; choose "
+                                   f"another --output_dir than {folder}")
         utils.check_output(folder, args.load_from, args.overwrite or args.eval, held)
     read_results(results_folder(args))  # a damaged one, or a wrong key, is not found hours later
     checkpoint = read_weights(args.pretrained_weights)
@@ -579,17 +599,18 @@ def described(validation):
     return f"top-1 {validation['top1']:.2f} %{top5} (epoch {validation['epoch']})"
 
 
-def build_training(args, key, content, num_classes, amp_dtype, device):
-    """The `Training` of a checkpoint's entry, at its beginning."""
+def build_training(args, key, content, train, amp_dtype, device):
+    """The `Training` of a checkpoint's entry on the `ImageSet` train, at its beginning."""
     utils.fix_random_seeds(args.seed)  # the same first weights of the head in all processes
-    model, source = build_network(args, key, content, num_classes)
+    model, source = build_network(args, key, content, len(train.classes))
     model = model.to(device)
+    names = hashlib.sha256("\n".join(train.paths()).encode(errors="surrogateescape")).hexdigest()
     return Training(
         source, model, copy.deepcopy(model).requires_grad_(False).eval() if args.model_ema else None,
         torch.optim.AdamW(parameter_groups(model, args.layer_decay, args.decay_positions), lr=0.0,
                           fused=device.type in ("cuda", "cpu")),
         torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
-        new_progress() | {"weights": source.weights_hash})
+        new_progress() | {"weights": source.weights_hash, "names": names, "images": len(train)})
 
 
 def build_loaders(args, sets, source, process):
@@ -619,7 +640,7 @@ def run_one(args, protocol, key, folder, content, sets, process, signals, at_end
 
     # ============ network, data, schedules ============
     amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    training = build_training(args, key, content, len(sets[0].classes), amp_dtype, device)
+    training = build_training(args, key, content, sets[0], amp_dtype, device)
     model = training.model
     train_loader, val_loader = build_loaders(args, sets, training.source, process)
     if args.eval:

@@ -63,8 +63,8 @@ def main():
                                "so --n_last_blocks must be 1 and --avgpool_patchtokens 0")
     process = start_process(args)
     backbones, checkpoint = read_backbones(args)
-    heads = {key: load_projection_head(checkpoint, key, args.pretrained_weights) if "head" in args.clusters else None
-             for key in backbones}
+    heads = {key: load_projection_head(checkpoint, key, args.pretrained_weights, hint="; --clusters kmeans needs none")
+             if "head" in args.clusters else None for key in backbones}
     for key, head in heads.items():
         outputs = head and len(head.last_layer.weight_v)
         if head and args.out_dim not in (None, outputs):
