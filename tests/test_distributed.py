@@ -62,8 +62,8 @@ def steps(rank, world_size, accum_iter, norm, folder):
 
 @pytest.mark.parametrize("norm, accum_iter", [(None, 1), (None, 2), ("bn", 1)])
 def test_two_processes_equal_one(norm, accum_iter, tmp_path):
-    multiprocessing.spawn(steps, (1, 1, norm, str(tmp_path)), nprocs=1)
-    multiprocessing.spawn(steps, (2, accum_iter, norm, str(tmp_path)), nprocs=2)
+    for world_size, parts in ((1, 1), (2, accum_iter)):
+        multiprocessing.start_processes(steps, (world_size, parts, norm, str(tmp_path)), nprocs=world_size, start_method="fork")
     one, two = (utils.load_checkpoint(tmp_path / name) for name in ("1.1.pth", f"2.{accum_iter}.pth"))
     assert one.keys() == two.keys() and len(one) > 100
     for name in one:

@@ -18,7 +18,10 @@ def test_digits_folder_and_report(call, tmp_path):
     assert "1 new" in call("analysis/quickstart.py", "data", "--output_dir", data).stdout
     assert np.asarray(Image.open(files[7])).shape == (32, 32)
 
-    call("main_ibot.py", *RUN, "--data_path", data / "train", "--output_dir", out, "--epochs", "2", "--batch_size_per_gpu", "200")
+    for number, file in enumerate(sorted((data / "train").rglob("*.png"))):
+        if number % 6:
+            file.unlink()  # fewer will do for what follows
+    call("main_ibot.py", *RUN, "--data_path", data / "train", "--output_dir", out, "--epochs", "2", "--batch_size_per_gpu", "50")
     text = call("analysis/quickstart.py", "report", "--output_dir", out).stdout
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert "k-NN top-1 (k = 10, 503 validation images): untrained network" in text and "trained teacher" in text
