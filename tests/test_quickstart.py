@@ -1,28 +1,45 @@
 """The first run's parts: the digits as a folder, and the report on a run."""
 import json
+import shutil
+import sys
 
 import numpy as np
+import pytest
 from PIL import Image
+
+import main_ibot
+import utils
+from analysis import quickstart
 
 RUN = ["--arch", "vit_nano", "--patch_size", "4", "--global_crops_size", "16", "--local_crops_size", "8", "--device", "cpu",
        "--local_crops_number", "2", "--out_dim", "32", "--head_hidden_dim", "64", "--shared_head", "true", "--num_workers", "0"]
 
 
-def test_digits_folder_and_report(call, tmp_path):
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """main(module, "--flag", value) runs the `main` of a script in this process and returns what it printed."""
+    def main(module, *words):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+        module.main()
+        return capsys.readouterr().out
+    return main
+
+
+def test_digits_folder_and_report(call, main, tmp_path):
     data, out = tmp_path / "digits", tmp_path / "run"
     assert "1797 new" in call("analysis/quickstart.py", "data", "--output_dir", data).stdout
     files = sorted(data.rglob("*.png"))
     assert len(files) == 1797 and len(list((data / "val").rglob("*.png"))) == 503
     assert {p.parent.name for p in files} == set("0123456789")
     files[7].unlink()
-    assert "1 new" in call("analysis/quickstart.py", "data", "--output_dir", data).stdout
+    assert "1 new" in main(quickstart, "data", "--output_dir", data)
     assert np.asarray(Image.open(files[7])).shape == (32, 32)
 
     for number, file in enumerate(sorted((data / "train").rglob("*.png"))):
         if number % 6:
             file.unlink()  # fewer will do for what follows
-    call("main_ibot.py", *RUN, "--data_path", data / "train", "--output_dir", out, "--epochs", "2", "--batch_size_per_gpu", "50")
-    text = call("analysis/quickstart.py", "report", "--output_dir", out).stdout
+    main(main_ibot, *RUN, "--data_path", data / "train", "--output_dir", out, "--epochs", "2", "--batch_size_per_gpu", "50")
+    text = main(quickstart, "report", "--output_dir", out)
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert "k-NN top-1 (k = 10, 503 validation images): untrained network" in text and "trained teacher" in text
     assert f"total {log[0]['train_loss']:.3f} -> {log[1]['train_loss']:.3f}" in text
@@ -32,15 +49,14 @@ def test_digits_folder_and_report(call, tmp_path):
     assert crops.std() > 30 and (crops == 128).all(-1).mean() > 0.005  # masked patches are grey
 
 
-def test_report_on_one_class_says_why_there_is_no_knn(digits, call, tmp_path):
-    import shutil
+def test_report_on_one_class_says_why_there_is_no_knn(digits, main, tmp_path):
     shutil.copytree(digits / "train/3", tmp_path / "data/all")
-    call("main_ibot.py", *RUN, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "run", "--epochs", "1",
+    main(main_ibot, *RUN, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "run", "--epochs", "1",
          "--batch_size_per_gpu", "4")
-    text = call("analysis/quickstart.py", "report", "--output_dir", tmp_path / "run").stdout
+    text = main(quickstart, "report", "--output_dir", tmp_path / "run")
     assert "k-NN: skipped, it needs two classes" in text and (tmp_path / "run/pictures/attention.png").exists()
 
 
-def test_report_needs_a_run(call, tmp_path):
-    result = call("analysis/quickstart.py", "report", "--output_dir", tmp_path, check=False)
-    assert result.returncode == 1 and result.stderr.startswith(f"error: checkpoint {tmp_path / 'checkpoint.pth'}")
+def test_report_needs_a_run(main, tmp_path):
+    with pytest.raises(utils.InputError, match=f"^checkpoint {tmp_path / 'checkpoint.pth'}"):
+        main(quickstart, "report", "--output_dir", tmp_path)
