@@ -10,8 +10,6 @@ robustness.sh are shown, if they are in the folder `robustness` beside the check
 """
 import base64
 import html
-import json
-import math
 import os
 import re
 import shlex
@@ -26,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from analysis import common
 from evaluation.common.arguments import int_from
-from evaluation.common.charts import draw_curves
+from evaluation.common.charts import draw_curves, loss_curves, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 STYLE = """
@@ -208,19 +206,9 @@ def training_section(folder, out):
     log = folder / "log.txt"
     if not log.is_file():
         return None
-    curves = {"total": {}, "[CLS]": {}, "patches": {}}
-    for line in log.read_text(errors="replace").splitlines():
-        try:
-            epoch = json.loads(line)
-            for points, key in zip(curves.values(), ("loss", "cls", "patch"), strict=True):
-                value = epoch.get(f"train_{key}")  # null: it was not finite
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    points[int(epoch["epoch"])] = value
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # half a line, after a kill, or one of something else
-    curves = {name: sorted(points.items()) for name, points in curves.items() if points}
+    curves = {name: points for name, points in loss_curves(read_log(log)[0]).items() if points}
     if not curves:
-        return None
+        return None  # a log of something else
     draw_curves(curves, "Losses of pre-training", out / "loss.png")
     return section("Training", figures([
         (out, "loss.png", 1, ""), (folder / "pictures", "crops.png", 1, "What the student sees: masked patches are grey")]))

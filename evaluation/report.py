@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from evaluation.common.charts import draw_curves
+from evaluation.common.charts import draw_curves, loss_curves, numbers, read_log
 from evaluation.common.results import read_results
 
 PROTOCOLS = {"knn": "k-NN", "linear": "linear, sweep", "linear_solo": "linear, one rate", "logistic": "logistic regression",
@@ -92,11 +92,6 @@ def network(record):
     arch = str(settings.get("arch")).replace("deit_", "vit_")
     size = settings.get("window_size" if arch.startswith("swin") else "patch_size")
     return arch, size if isinstance(size, int) else None
-
-
-def numbers(values):
-    """The finite numbers of a dictionary."""
-    return {name: value for name, value in values.items() if type(value) in (int, float) and abs(value) < 1e300}
 
 
 def variants(record):
@@ -225,22 +220,6 @@ def as_markdown(table):
 
 # ---------------------------------------------------------------- curves
 
-def read_log(path):
-    """({epoch: numbers of its line}, count of damaged lines) of a log.txt; of an epoch that was repeated the last line."""
-    epochs, broken = {}, 0
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise utils.InputError(f"{path}: cannot be read ({error.strerror})") from error
-    for line in filter(str.strip, lines):
-        try:
-            values = numbers(json.loads(line))
-            epochs[int(values["epoch"])] = values
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            broken += 1
-    return dict(sorted(epochs.items())), broken
-
-
 def curves(folder):
     """({name of a picture: (title, {name of a curve: [(epoch, value)]})}, notes) from the logs of the job in `folder`."""
     pictures, notes = {}, []
@@ -252,10 +231,7 @@ def curves(folder):
         return epochs
 
     if (folder / "log.txt").exists():
-        epochs = read(folder / "log.txt")
-        series = {name: [(epoch, values[f"train_{key}"]) for epoch, values in epochs.items() if f"train_{key}" in values]
-                  for key, name in (("loss", "total"), ("cls", "[CLS]"), ("patch", "patch"))}
-        pictures["losses"] = "Losses of pre-training", series
+        pictures["losses"] = "Losses of pre-training", loss_curves(read(folder / "log.txt"))
     for picture, title, kinds in (  # sub-folders of run.sh, with one per key
             ("linear", "Top-1 accuracy of linear probes in percent (of a sweep: the epoch's best head)",
              {kind: f", {PROTOCOLS[kind]}" for kind in ("linear", "linear_solo")}),

@@ -96,7 +96,7 @@ def test_a_log_with_half_lines_and_no_numbers(tmp_path):
         patch.setattr(report, "draw_curves", lambda curves, *_: found.append(curves))
         (tmp_path / "loss.png").write_bytes(b"")
         assert 'id="training"' in report.training_section(tmp_path, tmp_path)
-    assert found == [{"total": [(0, 3), (2, 4)], "[CLS]": [(0, 2), (1, 2), (2, 2)], "patches": [(0, 1), (1, 1), (2, 1)]}]
+    assert found == [{"total": [(0, 3), (2, 4)], "[CLS]": [(0, 2), (1, 2), (2, 2)], "patch": [(0, 1), (1, 1), (2, 1)]}]
     for text in ("", "[1]\nhello\n", '{"epoch": 0}\n', line % (0, "null") * 0):
         (tmp_path / "log.txt").write_text(text)
         assert report.training_section(tmp_path, tmp_path) is None

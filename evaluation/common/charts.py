@@ -1,4 +1,5 @@
-"""Curves as pictures."""
+"""Logs of runs, and curves as pictures."""
+import json
 import math
 
 from PIL import Image, ImageDraw, ImageFont
@@ -7,6 +8,33 @@ import utils
 
 SIDE, LINE, SCALE = (720, 400), 3, 2  # pixels of a picture and of a line, drawn SCALE times as large for smooth edges
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+
+
+def numbers(values):
+    """The finite numbers of a dictionary."""
+    return {name: value for name, value in values.items() if type(value) in (int, float) and abs(value) < 1e300}
+
+
+def read_log(path):
+    """({epoch: numbers of its line}, count of damaged lines) of a log.txt; of an epoch that was repeated the last line."""
+    epochs, broken = {}, 0
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise utils.InputError(f"{path}: cannot be read ({error.strerror})") from error
+    for line in filter(str.strip, lines):
+        try:
+            values = numbers(json.loads(line))
+            epochs[int(values["epoch"])] = values
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            broken += 1
+    return dict(sorted(epochs.items())), broken
+
+
+def loss_curves(epochs):
+    """{name: [(epoch, value)]} of the losses in a log of pre-training, as `read_log` gives it."""
+    return {name: [(epoch, values[f"train_{key}"]) for epoch, values in epochs.items() if f"train_{key}" in values]
+            for key, name in (("loss", "total"), ("cls", "[CLS]"), ("patch", "patch"))}
 
 
 def ticks(low, high, count=6):
