@@ -42,7 +42,7 @@ def call():
         if processes > 1:
             python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         result = subprocess.run([*python, script, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                                env={**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else "2", **(env or {})})
+                                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
     return call
