@@ -116,10 +116,10 @@ def own_batches(dataset, batch_size, num_workers, process):
 
 def summed(values, process):
     """Sum over the processes of a float64 tensor, on the CPU."""
-    values = values.to(process.device) if process.device.type != "mps" else values.float().to(process.device)
     if process.world_size > 1:
+        values = values.to(process.device)
         dist.all_reduce(values)
-    return values.cpu().double()
+    return values.cpu()
 
 
 @torch.inference_mode()

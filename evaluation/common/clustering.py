@@ -72,13 +72,12 @@ def kmeans(features, k, seed=0, max_iter=100, device="cpu", max_block=MAX_BLOCK)
 def _spread_out(x, k, generator):
     """Places [k] of k-means++ (Arthur and Vassilvitskii, 2007): each drawn by the squared distance to the ones before."""
     places = [int(torch.randint(len(x), (), generator=generator))]
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    nearest = torch.full((len(x),), torch.inf, dtype=wide, device=x.device)
+    nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
     for _ in range(k - 1):
-        nearest = torch.minimum(nearest, (x - x[places[-1]]).square().sum(dim=1).to(wide))
+        nearest = torch.minimum(nearest, (x - x[places[-1]]).square().sum(dim=1).double())
         cumulated = nearest.cumsum(0)
         if cumulated[-1] == 0:  # fewer different images than clusters
-            cumulated = torch.arange(1.0, len(x) + 1, dtype=wide, device=x.device)
-        draw = torch.rand((), generator=generator, dtype=torch.float64).to(wide).to(x.device) * cumulated[-1]
+            cumulated = torch.arange(1.0, len(x) + 1, dtype=torch.float64, device=x.device)
+        draw = torch.rand((), generator=generator, dtype=torch.float64).to(x.device) * cumulated[-1]
         places.append(min(int(torch.searchsorted(cumulated, draw, right=True)), len(x) - 1))
     return torch.tensor(places, device=x.device)
