@@ -2,6 +2,7 @@
 
     python benchmarks/data_loader.py                   # 2 x 224 + 10 x 96 from JPEGs of about 500 x 375
     python benchmarks/data_loader.py --images 200 --batches 60
+    python benchmarks/data_loader.py --write FOLDER --images 2000   # only the JPEGs
 
 One process, one thread; the three paths alternate batch by batch, so that all meet the same noise, and the ratios are
 those of the medians. Time is CPU time from the file to the collated batch, as a worker of a DataLoader spends it.
@@ -42,6 +43,7 @@ def get_args():
     parser.add_argument("--local_crops_number", default=10, type=int)
     parser.add_argument("--device_batch", default=64, type=int, help="images a batch of the photometry on the device")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="of that photometry")
+    parser.add_argument("--write", default=None, type=Path, metavar="FOLDER", help="write the JPEGs there and end")
     parser.add_argument("--seed", default=0, type=int)
     return parser.parse_args()
 
@@ -215,6 +217,9 @@ def device_photometry(dataset, batch, device, compiled, rounds=20):
 
 def main():
     args = get_args()
+    if args.write:
+        write_photographs(args.write, args.images, args.seed)
+        return
     device = utils.choose_device(args.device)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)

@@ -8,6 +8,7 @@
     commands  the same as whole commands on handwritten digits, features read from their folder
     crops     an epoch of it on random crops of images, the default: 45 heads at once against one
     knn       weighted votes of the nearest neighbours, against scikit-learn's brute force
+    logistic  logistic regression to the bound 1e-4, against scikit-learn's
     features  all protocols of a joined command: features taken once and kept, against once per protocol
 
 What is compared alternates within one process (`commands`: in processes of their own), so that both meet the same noise;
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from common import timed
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 import models
@@ -39,9 +41,10 @@ from evaluation.common.data import image_sets
 from evaluation.common.features import feature_dim, frozen_features
 from evaluation.common.knn import knn_classify
 from evaluation.common.linear import HeadConfig, LinearHeads, augmented_epochs, kept_batches, sweep_configs, train_epoch
+from evaluation.common.logistic import fit_logistic
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("heads", "commands", "crops", "knn", "features")
+PARTS = ("heads", "commands", "crops", "knn", "logistic", "features")
 ONE = [HeadConfig(0.1)]
 PROTOCOLS = 4  # k-NN, logistic regression, clustering, linear probing
 
@@ -222,6 +225,19 @@ def measure_knn(args, device):
            f"{same:.2f} %", seconds, args.tests, "tests", "scikit-learn")
 
 
+# ---------------------------------------------------------------- logistic regression
+
+def measure_logistic(args, device, penalty=1e-4):
+    """A fifth of the features of k-NN, 100 classes; scikit-learn's C is 1 / (n penalty)."""
+    features, labels = random_features(args.train // 5, args.dim, 100)
+    x, y = features.to(device), labels.to(device)
+    theirs = LogisticRegression(C=1 / (len(features) * penalty), fit_intercept=False, tol=1e-6, max_iter=1000)
+    seconds = alternate({"ours": lambda: fit_logistic(x, y, 100, penalty),
+                         "scikit-learn": lambda: theirs.fit(features.numpy(), labels.numpy())}, args.rounds, device)
+    report(f"logistic: {len(features)} features of {args.dim}, 100 classes, penalty {penalty}", seconds, len(features),
+           "images", "scikit-learn")
+
+
 def main():
     args = get_args()
     device = utils.choose_device(args.device)
@@ -242,6 +258,8 @@ def main():
             measure_crops(args, folder, process)
         if "knn" in args.parts:
             measure_knn(args, device)
+        if "logistic" in args.parts:
+            measure_logistic(args, device)
         if "features" in args.parts:
             measure_features(args, folder, process)
 

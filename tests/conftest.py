@@ -13,6 +13,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--stub", action="store_true", help="only the tests on a stub CUDA runtime (needs gcc; minutes)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "stub: runs on the stub CUDA runtime of tests/fakecuda, and only with --stub")
+
+
+def pytest_collection_modifyitems(config, items):
+    others = [item for item in items if ("stub" in item.keywords) != config.getoption("--stub")]
+    items[:] = [item for item in items if item not in others]
+    config.hook.pytest_deselected(items=others)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
     """Indices of image folders (loader.py) are kept for the session only, those of subprocesses too."""

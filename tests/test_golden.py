@@ -1,7 +1,9 @@
 """Parity with the reference implementation: names, features, logits, losses, centres, gradients and updates.
 
 Weights are a function of names and shapes (tests/data/detweights.py), so both implementations hold the same network.
+The variable TEST_DEVICE names another device than the CPU (`benchmarks/gpu.sh golden`).
 """
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import models
 import utils
 
 DATA = Path(__file__).parent / "data"
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 sys.path.insert(0, str(DATA))
 from detweights import fill, images, masks  # noqa: E402
 
@@ -29,20 +32,21 @@ def networks(arch):
     student.load_state_dict(fill(student.state_dict()))
     teacher.load_state_dict({name: 0.9 * v + 0.01 if v.is_floating_point() else v
                              for name, v in fill(teacher.state_dict()).items()})
-    return student, teacher
+    return student.to(DEVICE), teacher.to(DEVICE)
 
 
 def batch(B, L, cells, step):
     crops = torch.stack([images(B, 224, 100 * step + c) for c in range(2)])
     grids = torch.stack([masks(B, cells, 100 * step + c) for c in range(2)])  # [G, B, h, w]
     weight = (1.0 / grids.flatten(2).sum(-1).clamp(min=1) / (2 * B))[..., None, None].expand(grids.shape)[grids]
-    return loader.Batch(global_crops=crops, local_crops=torch.stack([images(B, 96, 100 * step + 10 + c) for c in range(L)]),
-                        labels=torch.zeros(B, dtype=torch.int64), masks=grids,
-                        mask_index=grids.flatten().nonzero().squeeze(1), mask_weight=weight.float())
+    values = dict(global_crops=crops, local_crops=torch.stack([images(B, 96, 100 * step + 10 + c) for c in range(L)]),
+                  labels=torch.zeros(B, dtype=torch.int64), masks=grids,
+                  mask_index=grids.flatten().nonzero().squeeze(1), mask_weight=weight.float())
+    return loader.Batch(**{name: value.to(DEVICE) for name, value in values.items()})
 
 
 def near(actual, expected, atol, rtol=0.0):
-    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
+    np.testing.assert_allclose(np.asarray(actual.cpu() if torch.is_tensor(actual) else actual), expected, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,7 +73,7 @@ def test_golden_step(case, monkeypatch):
         near(student.head(student.backbone(first.local_crops.flatten(0, 1))), golden["student_local_cls"], 1e-5)
 
     temps = utils.temperature_schedule(0.04, 0.07, 30, 100)
-    ibot_loss = main_ibot.iBOTLoss(512, 512, temps, temps)
+    ibot_loss = main_ibot.iBOTLoss(512, 512, temps, temps).to(DEVICE)
     groups = utils.get_params_groups(student)
     assert [len(g["params"]) for g in groups] == list(golden["n_decay"])
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
