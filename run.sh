@@ -24,6 +24,8 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
                                    data/imagenet that --train_subset names
           fine-tuning on other data, in data/{cifar,cars,flwrs,inat/2018,inat/2019}; results in cls/DATA/KEY:
             cifar_cls, cifar10_cls, cars_cls, flwrs_cls, inat_cls, inat19_cls
+          retrieval on data/revisited_paris_oxford: paris_oxford_reid, with pages of neighbours in retrieval/SET/KEY
+          copy detection on data/copydays: copydays_copydet (or copydays_copydey)
 JOB_NAME  results go to work_dirs/JOB_NAME
 ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
 KEY       networks to evaluate: teacher, student, or both with a comma
@@ -39,7 +41,7 @@ failed; 75: training was stopped by a signal and has saved what it needs to go o
 Environment variables:
   DATA_PATH    folder with train/ and val/ (data/imagenet)         OUTPUT_DIR   folder of the results (work_dirs/JOB_NAME)
   PRETRAINED   checkpoint to evaluate (OUTPUT_DIR/checkpoint.pth)
-  AVGPOOL      pooling of the features of k-NN and regression: 0, 1 or 2 (0); of few labels 0 or 1
+  AVGPOOL      pooling of the features of k-NN, regression and retrieval: 0, 1 or 2 (0); of few labels 0 or 1
   LINEAR_AVGPOOL, LINEAR_N_LAST_BLOCKS   of linear probes: pooling and number of blocks (ARCH with `small` or `swin`: 0, 4;
                others: 2, 1)
   MAX_GPUS     limit of processes per node (8)                     GPUS_PER_NODE  processes per node (GPUS, at most MAX_GPUS)
@@ -53,7 +55,8 @@ EOF
 }
 
 TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls \
-imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls"
+imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls \
+paris_oxford_reid copydays_copydet"
 
 # The table of tasks; TASKS and the usage list them too.
 #   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
@@ -89,6 +92,12 @@ task() {
         flwrs_cls)   transfer flwrs flwrs flowers 7.5e-6 1000 ;;
         inat_cls)    transfer inat inat/2018 inat2018 "$(small 5e-5 7.5e-6)" 360 --reprob 0.1 ;;
         inat19_cls)  transfer inat19 inat/2019 inat2019 "$(small 2.5e-5 7.5e-6)" 360 --reprob 0.1 ;;
+        paris_oxford_reid)  # the reference's settings
+            script=evaluation/eval_image_retrieval.py data=${at}data/revisited_paris_oxford folders="rparis6k roxford5k"
+            features=own fixed=(--dataset rparis6k roxford5k --imsize 512 --multiscale true
+                                --avgpool_patchtokens "${AVGPOOL:-0}") ;;
+        copydays_copydet | copydays_copydey)
+            script=evaluation/eval_copy_detection.py data=${at}data/copydays folders="original strong" features=own ;;
         *) return 1 ;;
     esac
 }

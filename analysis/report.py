@@ -25,19 +25,9 @@ import utils
 from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.charts import draw_curves, loss_curves, read_log
+from evaluation.common.pages import page, section
 
 ROOT = Path(__file__).resolve().parent.parent
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem 1.5rem 4rem }
-body { color: #1b1b1b; background: #fff }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem }
-nav a { margin-right: 1rem } table { border-collapse: collapse } td { padding: .1rem 1rem .1rem 0; vertical-align: top }
-figure { display: inline-block; margin: 0 1rem 1rem 0; max-width: 100%; vertical-align: top }
-img { max-width: 100%; height: auto; border: 1px solid #ddd } figcaption { font-size: .85rem; color: #555 }
-pre { background: #f5f5f5; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem } .error { background: #fde8e8 }
-summary { color: #555; font-size: .85rem; cursor: pointer }
-"""
-
 
 # What the page says above each section.
 TEXTS = {
@@ -51,6 +41,9 @@ TEXTS = {
     "Self-attention":
         "Where [CLS] looks in the last block. From left to right: the image; the patches that hold most of the "
         "attention, in a colour for each head; a heat map for each head.",
+    "Nearest images":
+        "Which images the features of [CLS] take for alike: an image on the left, the nearest others beside it, with the "
+        "cosine of the features.",
     "Correspondence between two views":
         "Two random views of an image. Lines join patches that the network takes for the same, those with most "
         "attention. The accuracy is that of these pairs, over the patches that both views show.",
@@ -122,6 +115,10 @@ def plan(args, backbone, root, images, out):
         Step("Self-attention", [["attention_map/visualize_attention.py", *network, "--data_path", images, "--image_size",
                                  larger, "--show_pics", count, "--output_dir", out / "attention"]],
              [(out / "attention", "idx*_attn.png", count, f"Image {{}}: as it is; heads in colour; heat maps of {heads}")]),
+        Step("Nearest images", [["../evaluation/eval_image_retrieval.py", *network, "--data_path", images,
+                                 "--queries", images, "--imsize", size, "--output_dir", out]],
+             [(out / "retrieval" / images.resolve().name / backbone.key, "query*.png", 3, "Image {} and its nearest")],
+             "similarity from"),
         Step("Correspondence between two views", [[*pairs, "--sample_type", "instance"]],
              [(out / "correspondence", "instance_corresp*.png", count, "Pair {}: two views of an image")],
              "matching accuracy"),
@@ -193,14 +190,6 @@ def run_step(step):
     return section(step.title, "\n".join(parts)), error
 
 
-def anchor(title):
-    return re.sub(r"\W+", "-", title.lower())
-
-
-def section(title, content):
-    return f'<section id="{anchor(title)}"><h2>{html.escape(title)}</h2>\n{content}\n</section>'
-
-
 def training_section(folder, out):
     """The section of the losses and crops of training, from the files beside the checkpoint; None if there is no log."""
     log = folder / "log.txt"
@@ -212,17 +201,6 @@ def training_section(folder, out):
     draw_curves(curves, "Losses of pre-training", out / "loss.png")
     return section("Training", figures([
         (out, "loss.png", 1, ""), (folder / "pictures", "crops.png", 1, "What the student sees: masked patches are grey")]))
-
-
-def page(title, facts, sections):
-    """The whole page."""
-    titles = re.findall(r"<h2>(.*?)</h2>", "".join(sections))
-    links = "\n".join(f'<a href="#{anchor(html.unescape(name))}">{name}</a>' for name in titles)
-    rows = "\n".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>\n'
-            f"<h1>{html.escape(title)}</h1>\n<table>{rows}</table>\n<nav>{links}</nav>\n" + "\n".join(sections)
-            + "\n</body></html>\n")
 
 
 def main():

@@ -26,6 +26,8 @@ PROTOCOLS = {"knn": "k-NN", "linear": "linear, sweep", "linear_solo": "linear, o
 TRANSFER = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "inat2018": "iNaturalist 2018", "inat2019": "iNaturalist 2019",
             "flowers": "Flowers", "cars": "Cars"}
 PROTOCOLS |= {f"transfer_{name}": f"transfer, {title}" for name, title in TRANSFER.items()}
+PROTOCOLS |= {"retrieval_roxford5k": "Oxford retrieval", "retrieval_rparis6k": "Paris retrieval",
+              "copy_detection": "Copydays"}
 TRAINED = ("linear", "linear_solo", "linear_part", "finetune", "semi_supervised",
            *(f"transfer_{name}" for name in TRANSFER))
 
@@ -58,6 +60,19 @@ PUBLISHED_FEW_LABELS = {0: (55.0, 74.0), 1: (61.9, 75.1)}  # fine-tuned (Table 4
 PUBLISHED_TRANSFER = {  # Table 7
     ("vit_small", 16): dict(zip(TRANSFER, (99.1, 90.7, 73.7, 78.5, 98.6, 94.0), strict=True)),
     ("vit_base", 16): dict(zip(TRANSFER, (99.2, 92.2, 74.6, 79.6, 98.9, 94.3), strict=True))}
+# mAP of retrieval and copy detection, percent: Oxford medium, hard, Paris medium, hard, Copydays strong. The first row is
+# Table 16's; the others are of DINO (Caron et al., 2021), Copydays whitened and with 10,000 distractors.
+PUBLISHED_RETRIEVAL = (
+    ("iBOT ViT-S/16, 800 epochs", 36.6, 13.0, 61.5, 34.1, None),
+    ("DINO ViT-S/16, in iBOT's table", 37.2, 13.9, 63.1, 34.4, None),
+    ("DINO ViT-S/16, in DINO's paper", 41.8, 13.7, 63.1, 34.4, None),
+    ("DINO ViT-S/16, trained on Google Landmarks v2", 51.5, 24.3, 75.3, 51.6, None),
+    ("supervised ViT-S/16", 33.5, 8.9, 63.0, 37.2, None),
+    ("DINO ViT-B/16, 224 pixels", None, None, None, None, 81.7),
+    ("DINO ViT-B/8, 320 pixels", None, None, None, None, 85.5),
+    ("supervised ViT-B/16, 224 pixels", None, None, None, None, 76.4),
+)
+RETRIEVAL = {"retrieval_roxford5k": (1, 4993), "retrieval_rparis6k": (3, 6322)}  # column of medium there; images
 PUBLISHED_CLUSTERS = {"acc": 43.4, "ari": 32.8, "nmi": 78.6, "fmi": 35.6}
 
 
@@ -104,6 +119,8 @@ def variants(record):
         best = "best"
     elif protocol == "unsupervised":
         best = "head"
+    elif protocol in RETRIEVAL:
+        best = None  # `paper` names the parts
     result = []
     for name, values in parts.items():
         text = {"knn": f"k = {name}", "logistic": f"lambda {name}"}.get(protocol, name.replace("_", " "))
@@ -117,8 +134,16 @@ def variants(record):
 
 
 def paper(record):
-    """({metric: the paper's number} for what a record measures, does it compare?); no numbers where the paper has none."""
+    """({metric: the paper's number} for what a record measures, does it compare?); no numbers where the paper has none.
+
+    Of retrieval {part of the record: its number}.
+    """
     protocol, settings, which = record["protocol"], record["settings"], network(record)
+    if protocol in RETRIEVAL:
+        column, images = RETRIEVAL[protocol]
+        found = dict(zip(("medium", "hard"), PUBLISHED_RETRIEVAL[0][column:column + 2], strict=True))
+        compares = settings.get("database_images") == images and not settings.get("crop_queries")
+        return (found if which == ("vit_small", 16) else {}), compares
     if protocol.startswith("transfer_"):
         found = PUBLISHED_TRANSFER.get(which, {}).get(protocol.removeprefix("transfer_"))
         return ({} if found is None or settings.get("train_subset") else {"top1": found}), True
@@ -172,11 +197,13 @@ def result_tables(records, outdated):
         start = [utils.printable(text) for text in (record["key"], digest)] + [utils.printable(title, 160)]
         when = utils.printable(record["time"][:16].replace("T", " "))
         for text, metrics, reported in variants(record):
-            shown = [f"{name if len(known) > 1 else ''} {value:.1f}".strip() for name, value in known.items() if reported]
+            own = {text: known[text]} if text in known else known if reported else {}
+            shown = [f"{name if len(own) > 1 else ''} {value:.1f}".strip() for name, value in own.items()]
             beside = ", ".join(shown) or "-"
             if shown and not compares:
                 beside = f"({beside})"
-                notes["("] = "( ) the paper's number is for ImageNet-1K, this result for other images: they do not compare"
+                what = "the whole data set and whole queries" if record["protocol"] in RETRIEVAL else "ImageNet-1K"
+                notes[what] = f"( ) the paper's number is for {what}, this result for other images: they do not compare"
             text = utils.printable(text)
             if "top1" in metrics:
                 top5 = f"{metrics['top5']:.2f}" if "top5" in metrics else "-"
@@ -200,6 +227,17 @@ def published_table(records):
     return [["network", "epochs", "", "k-NN", "linear", "fine-tuned"]] + [
         [f"{arch}/{size}", str(epochs or "-"), what, *(f"{value:.1f}" if value else "-" for value in accuracies)]
         for arch, size, epochs, what, *accuracies in found]
+
+
+def retrieval_table(records):
+    """[header, rows...] of published numbers of retrieval and copy detection, if there are results of these; else [].
+
+    Those of DINO too, as the paper has few.
+    """
+    if not any(record["protocol"] in (*RETRIEVAL, "copy_detection") for record in records):
+        return []
+    return [["network", "Oxford M", "Oxford H", "Paris M", "Paris H", "Copydays strong"]] + [
+        [what, *(f"{value:.1f}" if value else "-" for value in values)] for what, *values in PUBLISHED_RETRIEVAL]
 
 
 def as_text(table):
@@ -262,7 +300,7 @@ def report(output_dir):
     records, outdated = latest(everything)
     accuracies, others, notes = result_tables(records, outdated)
     tables = [table for table in (accuracies, others) if len(table) > 1]
-    published = published_table(records)
+    published, retrieval = published_table(records), retrieval_table(records)
     pictures, more = curves(folder)
     notes += more
     if len(records) < len(everything):
@@ -274,6 +312,7 @@ def report(output_dir):
     text = [f"# {folder.resolve().name}", f"{len(records)} result(s) of {names}, in percent.", *map(as_markdown, tables)]
     text += ["\n".join(f"- {note}" for note in notes)] if notes else []
     text += ["## Published", source, *([as_markdown(published)] if len(published) > 1 else [])]
+    text += ["Retrieval and copy detection, mAP:", as_markdown(retrieval)] if retrieval else []
     text += ["## Curves"] + ([f"![{title}](pictures/{name}.png)" for name, (title, _) in pictures.items()] or ["No logs."])
     text += ["## Settings", *(settings_text(record) for record in records)]
     try:
@@ -288,6 +327,7 @@ def report(output_dir):
     parts = [f"{folder}: {len(records)} result(s) of {names}, in percent", *map(as_text, tables)]
     parts += ["\n".join(notes)] if notes else []
     parts += [source + (f"\n{as_text(published)}" if len(published) > 1 else "")]
+    parts += [f"Published mAP of retrieval and copy detection\n{as_text(retrieval)}"] if retrieval else []
     parts += [f"written: {folder / 'report.md'}" + "".join(f", {folder / 'pictures' / name}.png" for name in pictures)]
     print("\n\n".join(parts), flush=True)
 

@@ -1,0 +1,242 @@
+"""Retrieval by frozen features: revisited Oxford and Paris (iBOT, Table 16; Radenovic et al., 2018), or your own folders.
+
+    python evaluation/eval_image_retrieval.py --pretrained_weights JOB/checkpoint.pth --imsize 512 --multiscale true
+    torchrun --nproc_per_node 8 evaluation/eval_image_retrieval.py --pretrained_weights ... --dataset rparis6k roxford5k
+    python evaluation/eval_image_retrieval.py --pretrained_weights ... --data_path photos --queries photos --output_dir out
+
+The data set SET is read from DATA/SET/gnd_SET.{json,pkl} and DATA/SET/jpg/. With `--queries` images of a folder are looked
+for among those of another, or of the same: which are nearest, and which pairs are near-duplicates. With an output folder
+there is a page of queries with their nearest images, OUTPUT_DIR/retrieval/SET/KEY/index.html, with tables beside it.
+
+Features come from all processes; the first one ranks.
+"""
+import csv
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import utils
+from evaluation.common.arguments import evaluation_parser, int_from
+from evaluation.common.features import feature_dim
+from evaluation.common.nearest import (
+    check_files,
+    check_sizes,
+    extract_listed,
+    folder_images,
+    image_size,
+    near_duplicates,
+    nearest,
+    relative,
+    retrieval_features,
+    thumbnail_size,
+    thumbnail_transform,
+)
+from evaluation.common.pages import Row, neighbour_page, neighbour_strip
+from evaluation.common.protocol import read_vits, start_process
+from evaluation.common.ranking import PRECISIONS, read_ground_truth, retrieval_scores
+from evaluation.common.results import append_result, results_folder
+
+SETS = ("roxford5k", "rparis6k")
+STRIPS, BEST = 3, 5  # pictures of single queries, and the nearest images on each
+LISTED, SHOWN = 10_000, 30  # near-duplicates in the table and on the page
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Images and who asks for what. `items`: each image once, (path, box or None); `database` int64 [n] and `queries`
+    int64 [Q]: their places in `items`; `gnd`: as in `check_ground_truth`, None for folders; paths are below `root`."""
+    name: str
+    root: str
+    items: list
+    database: torch.Tensor
+    queries: torch.Tensor
+    gnd: list | None
+
+
+def get_args_parser():
+    parser = evaluation_parser("Retrieval by features of a frozen backbone", frozen=False, labelled=False)
+    parser.set_defaults(data_path="data/revisited_paris_oxford", batch_size_per_gpu=32)
+    features = parser.add_argument_group("features")
+    features.add_argument("--imsize", type=int_from(1), default=224,
+                          help="longer side of the images in pixels at most; smaller ones stay as they are")
+    features.add_argument("--multiscale", type=utils.bool_flag, nargs="?", const=True, default=False,
+                          help="mean over the scales 1, 1/sqrt(2) and 1/2")
+    features.add_argument("--n_last_blocks", type=int_from(1), default=1, help="blocks whose [CLS] tokens are concatenated")
+    features.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1, 2), default=0,
+                          help="0: [CLS] tokens; 1: mean patch token of the last block, not normed; 2: both, normed")
+    retrieval = parser.add_argument_group("retrieval")
+    retrieval.add_argument("--dataset", choices=SETS, nargs="+", help="evaluated in turn; by default roxford5k")
+    retrieval.add_argument("--crop_queries", type=utils.bool_flag, nargs="?", const=True, default=False,
+                           help="cut queries to their boxes, as the official protocol does; not so the published numbers")
+    retrieval.add_argument("--queries", metavar="FOLDER",
+                           help="look for these images among those of --data_path (sub-folders too), not for a data set")
+    retrieval.add_argument("--topk", type=int_from(1), default=10, help="nearest images in the table and on the page")
+    retrieval.add_argument("--threshold", type=float, default=0.95,
+                           help="similarity from which two images of folders count as near-duplicates")
+    retrieval.add_argument("--page_queries", type=int_from(1), default=70, help="queries on the page, evenly spread")
+    return parser
+
+
+# ---------------------------------------------------------------- data
+
+def read_benchmark(data_path, name, crop_queries):
+    """The `RetrievalSet` of revisited Oxford or Paris. Raises InputError, naming the file, for what is missing."""
+    folder = Path(data_path) / name
+    truth = read_ground_truth(folder, name)
+    images, queries = ([str(folder / "jpg" / f"{image}.jpg") for image in truth[key]] for key in ("imlist", "qimlist"))
+    check_files(images + queries, name)
+    boxes = [tuple(query["bbx"]) if crop_queries else None for query in truth["gnd"]]
+    return retrieval_set(name, folder / "jpg", [(path, None) for path in images], list(zip(queries, boxes, strict=True)),
+                         truth["gnd"])
+
+
+def read_folders(data_path, queries):
+    """The `RetrievalSet` of two folders, or of one against itself."""
+    images, asked = ([os.path.realpath(path) for path in folder_images(folder, flag, recursive=True)]
+                     for folder, flag in ((data_path, "--data_path"), (queries, "--queries")))
+    root = os.path.commonpath([os.path.dirname(path) for path in images + asked])
+    return retrieval_set(Path(queries).resolve().name, root, [(path, None) for path in images],
+                         [(path, None) for path in asked], None)
+
+
+def retrieval_set(name, root, database, queries, gnd):
+    places = {item: place for place, item in enumerate(dict.fromkeys(database + queries))}
+    database, queries = (torch.tensor([places[item] for item in part]) for part in (database, queries))
+    return RetrievalSet(name, str(root), list(places), database, queries, gnd)
+
+
+def extract(args, backbone, data, sizes, process):
+    """Features [number of items, F] of a `RetrievalSet` on rank 0, None elsewhere; sizes: of its images as they are fed."""
+    model, patch_size = backbone.model.to(process.device), backbone.patch_size
+    least = patch_size * (2 if args.multiscale else 1)
+    check_sizes(data.items, sizes, least)
+
+    def model_fn(images):
+        return retrieval_features(model, images, patch_size, args.multiscale, args.n_last_blocks, args.avgpool_patchtokens)
+    return extract_listed(model_fn, data.items, thumbnail_transform(args.imsize), sizes, args.batch_size_per_gpu,
+                          args.num_workers, process, data.name)
+
+
+# ---------------------------------------------------------------- results
+
+def evaluate_benchmark(args, key, backbone, data, features, device):
+    """Rank, print and record for one key. Returns (similarities, places) [Q, n] of the rankings."""
+    values, order = nearest(features[data.queries], features[data.database], len(data.database), device)
+    scores = retrieval_scores(order.numpy(), data.gnd)
+    queries = "queries cut to their boxes" if args.crop_queries else "whole queries"
+    print(f"{key}, {data.name}, {queries}: " + "; ".join(
+        f"{protocol} mAP {found['map']:.2f}, mP@1, 5, 10 " + ", ".join(f"{found[f'p{k}']:.2f}" for k in PRECISIONS)
+        if found else f"{protocol} - (no query has positives)" for protocol, found in scores.items()), flush=True)
+    if results_folder(args):
+        settings = {"arch": backbone.arch, "patch_size": backbone.patch_size, "weights_hash": backbone.weights_hash,
+                    "n_last_blocks": args.n_last_blocks, "avgpool_patchtokens": args.avgpool_patchtokens,
+                    "imsize": args.imsize, "multiscale": args.multiscale, "crop_queries": args.crop_queries,
+                    "data_path": data.root, "database_images": len(data.database), "query_images": len(data.queries)}
+        append_result(results_folder(args), f"retrieval_{data.name}", args.pretrained_weights, key, settings, scores)
+    return values, order
+
+
+def compare_folders(args, key, data, features, device):
+    """Find neighbours and near-duplicates for one key. Returns (similarities, places) [Q, k], (a sentence, pairs)."""
+    queries, database = features[data.queries], features[data.database]
+    same = data.queries, data.database
+    values, places = nearest(queries, database, args.topk, device, same)
+    count, pairs = near_duplicates(queries, database, args.threshold, LISTED, same, device)
+    sentence = f"{count} pair(s) of images with a similarity from {args.threshold:g} on"
+    sentence += f"; the {LISTED} nearest are listed" if count > LISTED else ""
+    print(f"{key}, {data.name}: {len(data.queries)} queries among {len(data.database)} images; {sentence}", flush=True)
+    pairs = [(data.items[data.queries[query]], data.items[data.database[place]], similarity)
+             for similarity, query, place in pairs]
+    for one, two, similarity in pairs[:10]:
+        print(f"  {similarity:.4f}  {relative(one[0], data.root)}  {relative(two[0], data.root)}", flush=True)
+    return values, places, (sentence, pairs)
+
+
+def mark_of(truth, place):
+    """What a place in the database is for a query's ground truth: a name of `pages.MARKS`."""
+    if truth is None:
+        return ""
+    return "junk" if place in truth["junk"] else "right" if place in truth["easy"] + truth["hard"] else "wrong"
+
+
+def rows_of(data, values, places, topk):
+    """`Row`s of all queries with their nearest images."""
+    return [Row(data.items[query], [
+        (data.items[data.database[place]], similarity, mark_of(data.gnd and data.gnd[i], place))
+        for similarity, place in zip(values[i, :topk].tolist(), places[i, :topk].tolist(), strict=True) if similarity > -2])
+        for i, query in enumerate(data.queries.tolist())]
+
+
+def write_output(args, key, data, rows, duplicates=None):
+    """The page, its tables and `STRIPS` pictures in OUTPUT_DIR/retrieval/SET/KEY. Raises InputError if that fails."""
+    folder = Path(args.output_dir) / "retrieval" / data.name / key
+
+    def name_of(path):
+        return relative(path, data.root)
+
+    def spread(count):
+        return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))]
+
+    def table(name, header, lines):
+        with open(folder / name, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows([header, *lines])
+
+    facts = [("weights", f"{key} of {args.pretrained_weights}"), ("images", f"{len(data.database)} in {args.data_path}"),
+             ("queries", f"{len(rows)}{f' in {args.queries}' if args.queries else ''}"),
+             ("similarity", "cosine of the features")]
+    if data.gnd is None:
+        duplicates = duplicates[0], duplicates[1][:SHOWN]
+    else:
+        facts.append(("frames", "green: positive, easy or hard; grey: junk; red: neither"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        table("neighbours.csv", ["query", "rank", "image", "similarity", "mark"], (
+            [name_of(row.query[0]), rank, name_of(item[0]), f"{similarity:.4f}", mark]
+            for row in rows for rank, (item, similarity, mark) in enumerate(row.nearest, 1)))
+        for number, row in enumerate(spread(STRIPS), 1):
+            neighbour_strip(Row(row.query, row.nearest[:BEST])).save(folder / f"query{number}.png")
+        text = neighbour_page(f"Nearest images: {data.name}", facts, spread(args.page_queries), name_of, duplicates)
+        (folder / "index.html").write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise utils.InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    print(f"written: {folder / 'index.html'}, neighbours.csv, query1.png, ...", flush=True)
+
+
+def main():
+    args = get_args_parser().parse_args()
+    if args.queries and args.dataset:
+        raise utils.InputError("--queries and --dataset: either folders or a data set")
+    if args.queries and not args.output_dir:
+        raise utils.InputError("--queries: --output_dir is needed, for the table and the page")
+    process = start_process(args)
+    backbones = read_vits(args)
+    for backbone in backbones.values():
+        feature_dim(backbone.model, args.n_last_blocks, args.avgpool_patchtokens)
+    sets = [read_folders(args.data_path, args.queries)] if args.queries else [
+        read_benchmark(args.data_path, name, args.crop_queries) for name in args.dataset or SETS[:1]]
+    sizes = [[thumbnail_size(image_size(*item), args.imsize) for item in data.items] for data in sets]
+    features = {}
+    for key, backbone in backbones.items():  # all before the first is ranked: meanwhile the other processes would wait
+        features[key] = [extract(args, backbone, *part, process) for part in zip(sets, sizes, strict=True)]
+        backbone.model.cpu()
+    if process.rank > 0:
+        return
+    for key, backbone in backbones.items():
+        for data, found in zip(sets, features[key], strict=True):
+            duplicates = None
+            if args.queries:
+                values, places, duplicates = compare_folders(args, key, data, found, process.device)
+            else:
+                values, places = evaluate_benchmark(args, key, backbone, data, found, process.device)
+            if args.output_dir:
+                write_output(args, key, data, rows_of(data, values, places, args.topk), duplicates)
+
+
+if __name__ == "__main__":
+    utils.run(main)
