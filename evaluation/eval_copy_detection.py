@@ -36,7 +36,7 @@ from evaluation.common.nearest import (
 from evaluation.common.protocol import read_vits, start_process
 from evaluation.common.ranking import average_precision
 from evaluation.common.results import append_result, results_folder
-from evaluation.common.whitening import Moments, whiten
+from evaluation.common.whitening import Moments, whiten, whitening
 
 LEVELS = {"jpegqual": (3, 5, 8, 10, 15, 20, 30, 50, 75), "crops": (10, 15, 20, 30, 40, 50, 60, 70, 80)}
 BLOCKS = ("original", "strong", *(f"{kind}/{level}" for kind, levels in LEVELS.items() for level in levels))
@@ -95,8 +95,8 @@ def find_positives(blocks):
 
 # ---------------------------------------------------------------- descriptors
 
-def whitening(model_fn, dim, paths, args, process):
-    """(mean [F], projection [F, F]) on rank 0 by the descriptors of the images `paths`, F = `dim`; None elsewhere."""
+def read_whitening(model_fn, dim, paths, args, process):
+    """`whitening` on rank 0 by the descriptors of the images `paths`, which have `dim` numbers; None elsewhere."""
     images = ListedImages([(path, None) for path in paths], square_transform(args.imsize))
     own = Subset(images, range(process.rank, len(images), process.world_size))
     moments = Moments(dim)
@@ -104,18 +104,19 @@ def whitening(model_fn, dim, paths, args, process):
         for batch, _, _ in DataLoader(own, args.batch_size_per_gpu, num_workers=args.num_workers,
                                       pin_memory=process.device.type == "cuda"):
             moments.add(model_fn(batch.to(process.device, non_blocking=True)))
+    sums = moments.sums()
     if process.world_size > 1:
-        sums = moments.sums.to(process.device)
+        sums = sums.to(process.device)
         dist.all_reduce(sums)
-        moments.sums = sums.cpu()
-    if not moments.sums.isfinite().all():
+        sums = sums.cpu()
+    if not sums.isfinite().all():
         raise utils.InputError("features of the whitening images are not finite: the weights hold NaN or overflow")
     note_short_files(images, "whitening", process)
     if process.rank > 0:
         return None
     enough = "" if len(images) >= dim else f"; fewer than the {dim} directions: some are blown up, do not trust the result"
     print(f"whitening by {len(images)} images: {dim} directions kept, 100 % of the energy{enough}", flush=True)
-    return moments.whitening(len(images))
+    return whitening(sums, len(images))
 
 
 def extract(args, backbone, paths, whitening_paths, process):
@@ -128,7 +129,7 @@ def extract(args, backbone, paths, whitening_paths, process):
         return copy_descriptors(model, images, patch_size)
     statistics = None
     if whitening_paths:
-        statistics = whitening(model_fn, 2 * model.embed_dim, whitening_paths, args, process)
+        statistics = read_whitening(model_fn, 2 * model.embed_dim, whitening_paths, args, process)
     items, sizes = [(path, None) for path in paths], [args.imsize] * len(paths)
     x = extract_listed(model_fn, items, square_transform(args.imsize), sizes, args.batch_size_per_gpu, args.num_workers,
                        process, "Copydays")

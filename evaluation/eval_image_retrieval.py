@@ -129,10 +129,10 @@ def evaluate_benchmark(args, key, backbone, data, features, device):
     """Rank, print and record for one key. Returns (similarities, places) [Q, n] of the rankings."""
     values, order = nearest(features[data.queries], features[data.database], len(data.database), device)
     scores = retrieval_scores(order.numpy(), data.gnd)
-    queries = "queries cut to their boxes" if args.crop_queries else "whole queries"
-    print(f"{key}, {data.name}, {queries}: " + "; ".join(
-        f"{protocol} mAP {found['map']:.2f}, mP@1, 5, 10 " + ", ".join(f"{found[f'p{k}']:.2f}" for k in PRECISIONS)
-        if found else f"{protocol} - (no query has positives)" for protocol, found in scores.items()), flush=True)
+    print(f"{key}, {data.name}, {'queries cut to their boxes' if args.crop_queries else 'whole queries'}:", flush=True)
+    for protocol, found in scores.items():
+        values = [f"mAP {found['map']:.2f}", *(f"mP@{k} {found[f'p{k}']:.2f}" for k in PRECISIONS)] if found else []
+        print(f"  {protocol}: {', '.join(values) or 'no query has positives'}", flush=True)
     if results_folder(args):
         settings = {"arch": backbone.arch, "patch_size": backbone.patch_size, "weights_hash": backbone.weights_hash,
                     "n_last_blocks": args.n_last_blocks, "avgpool_patchtokens": args.avgpool_patchtokens,

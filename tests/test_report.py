@@ -124,6 +124,28 @@ def test_results_that_cannot_be_written(tmp_path):
 
 # ---------------------------------------------------------------- tables
 
+@pytest.mark.parametrize("changed, shown", [
+    ({}, ["-", "61.5", "34.1"]), ({"database_images": 9}, ["-", "(61.5)", "(34.1)"]),
+    ({"crop_queries": True}, ["-", "(61.5)", "(34.1)"]), ({"patch_size": 8}, ["-", "-", "-"])])
+def test_retrieval_beside_the_papers(tmp_path, capsys, changed, shown):
+    scores = {"easy": {"map": 70.0, "p1": 90.0}, "medium": {"map": 61.0, "p1": 80.0}, "hard": {}}
+    for hard in ({}, {"map": 34.0}):  # no query has hard positives, in the first one
+        settings = {"arch": "vit_small", "patch_size": 16, "weights_hash": "a", "database_images": 6322, "crop_queries": False}
+        append_result(tmp_path, "retrieval_rparis6k", "c.pth", "teacher", settings | changed, scores | {"hard": hard})
+        printed, text = run(tmp_path, capsys)
+        found = rows(text, "Paris retrieval")
+        assert [row[3] for row in found] == ["easy", "medium", "hard"][:2 + bool(hard)]
+    assert [row[5] for row in found] == shown and found[1][4] == "map 61.00, p1 80.00"
+    assert ("whole queries" in text) == ("(" in shown[1])
+    append_result(tmp_path, "copy_detection", "c.pth", "teacher", {"arch": "vit_base", "patch_size": 16, "distractors": 0},
+                  {"strong": 80.0, "crops": 90.0, "levels": {"crops": {"10": 70.0}}})
+    printed, text = run(tmp_path, capsys)
+    assert [row[3:6] for row in rows(text, "Copydays")] == [["", "strong 80.00, crops 90.00", "-"]]
+    for line in ("iBOT ViT-S/16, 800 epochs | 36.6 | 13.0 | 61.5 | 34.1 | -", "DINO ViT-B/16, 224 pixels | - | - | - | - | 81.7"):
+        assert line in text
+
+
+
 def test_results_beside_the_papers(tmp_path, capsys):
     record(tmp_path)
     record(tmp_path, "linear", LINEAR, n_last_blocks=4)

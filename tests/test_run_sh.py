@@ -191,6 +191,20 @@ def test_other_data_sets_have_other_folders(repository):
     assert flag(command, "--data_path") == "data/imagenet"
 
 
+def test_retrieval_and_copy_detection(repository):
+    """Data of their own, one results.json; flags come after the task's own."""
+    kinds = "paris_oxford_reid+copydays_copydet+copydays_copydey"
+    retrieval, copies, misspelt = commands(repository, kinds, "job", "vit_small", "student", 1, "--imsize", 224, AVGPOOL="2", DATA_PATH="x")
+    start = ["--pretrained_weights", "work_dirs/job/checkpoint.pth", "--checkpoint_key", "student", "--data_path"]
+    assert retrieval == ["python3", "evaluation/eval_image_retrieval.py", *start, "data/revisited_paris_oxford", "--arch", "vit_small",
+                         "--output_dir", "work_dirs/job", "--dataset", "rparis6k", "roxford5k", "--imsize", "512", "--multiscale",
+                         "true", "--avgpool_patchtokens", "2", "--imsize", "224"]
+    assert copies == misspelt == ["python3", "evaluation/eval_copy_detection.py", *start, "data/copydays", "--arch", "vit_small",
+                                  "--output_dir", "work_dirs/job", "--imsize", "224"]
+    (repository / "data/revisited_paris_oxford/rparis6k").mkdir(parents=True)
+    assert "no folder data/revisited_paris_oxford/roxford5k" in error(call(repository, kinds, "job", "vit_small", "student", 1))
+
+
 FINETUNING = ["--lr", "1e-3"]
 
 

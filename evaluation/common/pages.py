@@ -48,7 +48,7 @@ TILE = 160  # pixels
 MARKS = {"right": "#2ca02c", "wrong": "#d62728", "junk": "#999999", "": "#dddddd"}
 ROWS_STYLE = """<style>
 body { max-width: 96rem } .row, .row div { display: flex; flex-wrap: wrap; gap: .5rem } .row { margin-bottom: 1rem }
-.row > div { flex: 1 } .row figure { width: 7.6rem; margin: 0 } .row .query { margin-right: 1.5rem }
+.row > div { flex: 1 } .row figure { width: 7rem; margin: 0 } .row .query { margin-right: 1.5rem }
 .row img { width: 100%; box-sizing: border-box; border-width: 4px }
 figcaption { overflow-wrap: anywhere; line-height: 1.25 }
 """ + "".join(f".{mark} img {{ border-color: {colour} }} " for mark, colour in MARKS.items() if mark) + "</style>\n"

@@ -3,23 +3,36 @@ import numpy as np
 import torch
 
 FLOOR = 1e-5  # of the largest eigenvalue
+ROWS = 1024  # descriptors that are waited for: each product goes once through all sums
 
 
 class Moments:
     """Sums over descriptors, from which their mean and second moment come: the descriptors need not be kept."""
 
     def __init__(self, dim):
-        self.sums = torch.zeros(dim + 1, dim, dtype=torch.float64)  # the last row is that of the descriptors themselves
+        self._sums = torch.zeros(dim + 1, dim, dtype=torch.float64)  # the last row is that of the descriptors themselves
+        self._waiting = []
 
     def add(self, x):
         """Descriptors [B, F], on any device."""
-        x = x.cpu().double()  # MPS has no double precision
-        self.sums += torch.cat((x.T @ x, x.sum(dim=0)[None]))
+        self._waiting.append(x.cpu().double())  # MPS has no double precision
+        if sum(map(len, self._waiting)) >= ROWS:
+            self.sums()
 
-    def whitening(self, n):
-        """(mean [F], projection [F, F]), float32, of the n descriptors that were added; see `whitening_projection`."""
-        sums = (self.sums / n).numpy()
-        return torch.from_numpy(sums[-1]).float(), torch.from_numpy(whitening_projection(sums[:-1])).float()
+    def sums(self):
+        """[F + 1, F] float64: X^T X, and the sum of the rows of X, of all descriptors so far."""
+        if self._waiting:
+            x = torch.cat(self._waiting)
+            self._sums[:-1].addmm_(x.T, x)
+            self._sums[-1] += x.sum(dim=0)
+            self._waiting = []
+        return self._sums
+
+
+def whitening(sums, n):
+    """(mean [F], projection [F, F]), float32, out of the sums of n descriptors; see `whitening_projection`."""
+    means = (sums / n).numpy()
+    return torch.from_numpy(means[-1]).float(), torch.from_numpy(whitening_projection(means[:-1])).float()
 
 
 def whitening_projection(second_moment):
