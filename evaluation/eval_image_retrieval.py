@@ -11,6 +11,7 @@ there is a page of queries with their nearest images, OUTPUT_DIR/retrieval/SET/K
 Features come from all processes; the first one ranks.
 """
 import csv
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from evaluation.common.nearest import (
     check_sizes,
     extract_listed,
     folder_images,
-    image_size,
+    image_sizes,
     near_duplicates,
     nearest,
     relative,
@@ -131,8 +132,8 @@ def evaluate_benchmark(args, key, backbone, data, features, device):
     scores = retrieval_scores(order.numpy(), data.gnd)
     print(f"{key}, {data.name}, {'queries cut to their boxes' if args.crop_queries else 'whole queries'}:", flush=True)
     for protocol, found in scores.items():
-        values = [f"mAP {found['map']:.2f}", *(f"mP@{k} {found[f'p{k}']:.2f}" for k in PRECISIONS)] if found else []
-        print(f"  {protocol}: {', '.join(values) or 'no query has positives'}", flush=True)
+        shown = [f"mAP {found['map']:.2f}", *(f"mP@{k} {found[f'p{k}']:.2f}" for k in PRECISIONS)] if found else []
+        print(f"  {protocol}: {', '.join(shown) or 'no query has positives'}", flush=True)
     if results_folder(args):
         settings = {"arch": backbone.arch, "patch_size": backbone.patch_size, "weights_hash": backbone.weights_hash,
                     "n_last_blocks": args.n_last_blocks, "avgpool_patchtokens": args.avgpool_patchtokens,
@@ -167,10 +168,13 @@ def mark_of(truth, place):
 
 def rows_of(data, values, places, topk):
     """`Row`s of all queries with their nearest images."""
-    return [Row(data.items[query], [
-        (data.items[data.database[place]], similarity, mark_of(data.gnd and data.gnd[i], place))
-        for similarity, place in zip(values[i, :topk].tolist(), places[i, :topk].tolist(), strict=True) if similarity > -2])
-        for i, query in enumerate(data.queries.tolist())]
+    truths = data.gnd or [None] * len(data.queries)
+    rows = []
+    best = values[:, :topk].tolist(), places[:, :topk].tolist()
+    for query, truth, *found in zip(data.queries, truths, *best, strict=True):
+        rows.append(Row(data.items[query], [(data.items[data.database[place]], similarity, mark_of(truth, place))
+                                            for similarity, place in zip(*found, strict=True) if similarity > -math.inf]))
+    return rows
 
 
 def write_output(args, key, data, rows, duplicates=None):
@@ -190,18 +194,22 @@ def write_output(args, key, data, rows, duplicates=None):
     facts = [("weights", f"{key} of {args.pretrained_weights}"), ("images", f"{len(data.database)} in {args.data_path}"),
              ("queries", f"{len(rows)}{f' in {args.queries}' if args.queries else ''}"),
              ("similarity", "cosine of the features")]
-    if data.gnd is None:
-        duplicates = duplicates[0], duplicates[1][:SHOWN]
-    else:
+    if data.gnd is not None:
         facts.append(("frames", "green: positive, easy or hard; grey: junk; red: neither"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         table("neighbours.csv", ["query", "rank", "image", "similarity", "mark"], (
             [name_of(row.query[0]), rank, name_of(item[0]), f"{similarity:.4f}", mark]
             for row in rows for rank, (item, similarity, mark) in enumerate(row.nearest, 1)))
+        if duplicates is not None:
+            table("duplicates.csv", ["image", "other", "similarity"], (
+                [name_of(one[0]), name_of(two[0]), f"{similarity:.4f}"] for one, two, similarity in duplicates[1]))
+        for stale in folder.glob("query*.png"):
+            stale.unlink()
         for number, row in enumerate(spread(STRIPS), 1):
             neighbour_strip(Row(row.query, row.nearest[:BEST])).save(folder / f"query{number}.png")
-        text = neighbour_page(f"Nearest images: {data.name}", facts, spread(args.page_queries), name_of, duplicates)
+        text = neighbour_page(f"Nearest images: {data.name}", facts, spread(args.page_queries), name_of,
+                              duplicates and (duplicates[0], duplicates[1][:SHOWN]))
         (folder / "index.html").write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise utils.InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
@@ -220,7 +228,7 @@ def main():
         feature_dim(backbone.model, args.n_last_blocks, args.avgpool_patchtokens)
     sets = [read_folders(args.data_path, args.queries)] if args.queries else [
         read_benchmark(args.data_path, name, args.crop_queries) for name in args.dataset or SETS[:1]]
-    sizes = [[thumbnail_size(image_size(*item), args.imsize) for item in data.items] for data in sets]
+    sizes = [[thumbnail_size(size, args.imsize) for size in image_sizes(data.items)] for data in sets]
     features = {}
     for key, backbone in backbones.items():  # all before the first is ranked: meanwhile the other processes would wait
         features[key] = [extract(args, backbone, *part, process) for part in zip(sets, sizes, strict=True)]

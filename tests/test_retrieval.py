@@ -427,6 +427,7 @@ def test_folders_of_ones_own(checkpoint, tmp_path, monkeypatch, capsys):
         lines = list(csv.DictReader(file))
     assert len(lines) == 7 * 3 and all(line["query"] != line["image"] for line in lines)
     assert [line["image"] for line in lines if line["query"] == "copy.png"][0] == "a/2 <b>.png"
+    assert list(csv.reader((folder / "duplicates.csv").read_text().splitlines()))[1:] == [["a/2 <b>.png", "copy.png", "1.0000"]]
     text = (folder / "index.html").read_text()
     assert len([source for source in Page(text).sources if source.startswith("data:")]) == 7 * 4 + 2 and "<b>" not in text
     assert len(list(folder.glob("query*.png"))) == 3 and not (tmp_path / "out/results.json").exists()

@@ -76,13 +76,19 @@ def image_size(path, box=None):
         with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             size = image.size
     except Exception:  # decoders raise almost anything; this says what is wrong
-        size = load_tolerantly(path)[0].size
+        size = load_rgb(path).size
     if box is None:
         return size
     left, upper, right, lower = _within(box, size)
     if right <= left or lower <= upper:
         raise utils.InputError(f"{path}: nothing of the image of {size[0]} x {size[1]} pixels lies in the box {list(box)}")
     return right - left, lower - upper
+
+
+def image_sizes(items):
+    """`image_size` of every (path, box or None)."""
+    with ThreadPoolExecutor(16) as pool:  # on network drives each look takes a while
+        return list(pool.map(lambda item: image_size(*item), items))
 
 
 # ---------------------------------------------------------------- images
