@@ -191,7 +191,8 @@ def write_output(args, key, data, rows, duplicates=None):
         with open(folder / name, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([header, *lines])
 
-    facts = [("weights", f"{key} of {args.pretrained_weights}"), ("images", f"{len(data.database)} in {args.data_path}"),
+    weights = "random, untrained" if args.pretrained_weights == "random" else f"{key} of {args.pretrained_weights}"
+    facts = [("weights", weights), ("images", f"{len(data.database)} in {args.data_path}"),
              ("queries", f"{len(rows)}{f' in {args.queries}' if args.queries else ''}"),
              ("similarity", "cosine of the features")]
     if data.gnd is not None:
