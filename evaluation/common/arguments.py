@@ -16,10 +16,10 @@ def int_from(minimum):
     return parse
 
 
-def evaluation_parser(description, frozen=True):
+def evaluation_parser(description, frozen=True, labelled=True):
     """An `ArgumentParser` with the shared flags; a protocol adds its own and overrides defaults with `set_defaults`.
 
-    frozen: with the flags of features that are extracted once.
+    frozen: with the flags of features that are extracted once. labelled: with those of training and validation images.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -36,17 +36,10 @@ def evaluation_parser(description, frozen=True):
         _add_features(parser.add_argument_group("features"))
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, default="imagefolder",
-                      help="imagefolder: DATA/{train,val}/CLASS/IMAGE; the others as torchvision keeps them")
-    data.add_argument("--data_path", help="folder of the data; by default "
-                      + ", ".join(f"{folder} ({name})" for name, (folder, _) in DATASETS.items()))
-    data.add_argument("--download", type=utils.bool_flag, nargs="?", const=True, default=False,
-                      help="let torchvision fetch the data set if it is missing")
-    data.add_argument("--train_subset", metavar="FILE|FRACTION",
-                      help="train on part of the images: a list of file names, one a line, or a share of each class")
-    data.add_argument("--subset_seed", type=int_from(0), default=0, help="of the draw of a fraction")
-    data.add_argument("--image_size", type=int_from(1),
-                      help="side in pixels; by default that of the checkpoint's global crops, else 224")
+    if labelled:
+        _add_labelled(data)
+    else:
+        data.add_argument("--data_path", help="folder of the data")
     data.add_argument("--batch_size_per_gpu", type=int_from(1), default=128, help="images per process and batch")
     data.add_argument("--num_workers", type=int_from(0), default=utils.default_workers(),
                       help="loader workers per process; by default its share of the cores less one, at most 10")
@@ -59,6 +52,20 @@ def evaluation_parser(description, frozen=True):
     # Old launchers pass it; the environment says the same.
     run.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_labelled(data):
+    data.add_argument("--dataset", choices=DATASETS, default="imagefolder",
+                      help="imagefolder: DATA/{train,val}/CLASS/IMAGE; the others as torchvision keeps them")
+    data.add_argument("--data_path", help="folder of the data; by default "
+                      + ", ".join(f"{folder} ({name})" for name, (folder, _) in DATASETS.items()))
+    data.add_argument("--download", type=utils.bool_flag, nargs="?", const=True, default=False,
+                      help="let torchvision fetch the data set if it is missing")
+    data.add_argument("--train_subset", metavar="FILE|FRACTION",
+                      help="train on part of the images: a list of file names, one a line, or a share of each class")
+    data.add_argument("--subset_seed", type=int_from(0), default=0, help="of the draw of a fraction")
+    data.add_argument("--image_size", type=int_from(1),
+                      help="side in pixels; by default that of the checkpoint's global crops, else 224")
 
 
 def _add_features(features):

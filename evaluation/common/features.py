@@ -61,14 +61,15 @@ def extract_features(model_fn, loader, process, name="images"):
 
     Args:
         model_fn: images [B, 3, H, W] on `process.device` to features [B, F].
-        loader: `sharded_loader` of a data set whose items are (image, label, index).
+        loader: `sharded_loader` of a data set whose items are (image, label, index), or another one whose batches are
+            equally many, and at every step equally large, in all processes.
         name: what the progress lines and errors call the data.
 
     Every batch is gathered and copied to the CPU at once, so that a device never holds more than W batches. Images that
     padding repeats overwrite their own row. Other ranks return (None, None). Raises InputError, on all ranks, for
     features that are not finite.
     """
-    n = len(loader.dataset)
+    n, done = len(loader.dataset), 0
     features = labels = None
     broken = torch.zeros((), device=process.device)
     for step, (images, batch_labels, indices) in enumerate(loader):
@@ -84,8 +85,8 @@ def extract_features(model_fn, loader, process, name="images"):
         for rows, place in parts:
             index, label = place.cpu()
             features[index], labels[index] = rows.cpu(), label
+        done = min(done + len(batch) * process.world_size, n)
         if (step + 1) % 50 == 0 or step + 1 == len(loader):
-            done = min((step + 1) * loader.batch_size * process.world_size, n)
             print(f"features of {name}: {done}/{n}", flush=True)
     if process.world_size > 1:
         dist.all_reduce(broken)

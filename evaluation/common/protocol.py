@@ -39,6 +39,23 @@ def read_backbones(args):
     return backbones, checkpoint
 
 
+def read_vits(args):
+    """{key: EvaluatedBackbone} for the flags of `evaluation_parser(labelled=False)`, which have no image size.
+
+    As `read_backbones`; raises InputError also for a Swin, which has no [CLS] token and no grid of one scale.
+    """
+    if results_folder(args):
+        read_results(results_folder(args))
+    weights = args.pretrained_weights
+    checkpoint = read_weights(weights)
+    backbones = {key: load_evaluated_backbone(weights, key, args.arch, args.patch_size, checkpoint=checkpoint)
+                 for key in checkpoint_keys(weights, args.checkpoint_key)}
+    for backbone in backbones.values():
+        if backbone.arch.startswith("swin"):
+            raise utils.InputError(f"{weights}: {backbone.arch} has no [CLS] token; this evaluation needs a ViT")
+    return backbones
+
+
 def extract_features_of_keys(args, backbones, sets, process):
     """{key: [(features, labels) of each `ImageSet` of `sets`]}, see `frozen_features`.
 
