@@ -24,6 +24,8 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
                                    data/imagenet that --train_subset names
           fine-tuning on other data, in data/{cifar,cars,flwrs,inat/2018,inat/2019}; results in cls/DATA/KEY:
             cifar_cls, cifar10_cls, cars_cls, flwrs_cls, inat_cls, inat19_cls
+          objects in videos, in data/davis/DAVIS; masks in viseg/KEY, or in the folder that --output_dir names:
+            davis_viseg
 JOB_NAME  results go to work_dirs/JOB_NAME
 ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
 KEY       networks to evaluate: teacher, student, or both with a comma
@@ -53,7 +55,7 @@ EOF
 }
 
 TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls \
-imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls"
+imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls davis_viseg"
 
 # The table of tasks; TASKS and the usage list them too.
 #   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
@@ -89,6 +91,9 @@ task() {
         flwrs_cls)   transfer flwrs flwrs flowers 7.5e-6 1000 ;;
         inat_cls)    transfer inat inat/2018 inat2018 "$(small 5e-5 7.5e-6)" 360 --reprob 0.1 ;;
         inat19_cls)  transfer inat19 inat/2019 inat2019 "$(small 2.5e-5 7.5e-6)" 360 --reprob 0.1 ;;
+        davis_viseg)
+            script=evaluation/eval_video_segmentation.py data=${at}data/davis/DAVIS folders='' features=own
+            fixed=(--results_dir "${output-}") ;;
         *) return 1 ;;
     esac
 }
@@ -347,6 +352,7 @@ run_tasks() {
         die "PRETRAINED is $checkpoint, but this command evaluates what it pre-trains: unset it"
     fi
     for name in --arch --output_dir --results_dir --pretrained_weights --checkpoint_key; do
+        [ "$name ${names[*]}" != "--output_dir davis_viseg" ] || continue  # of the masks; results.json stays
         [ -z "$(flag_value $name ${extra[@]+"${extra[@]}"})" ] ||
             die "$name cannot be passed on: ARCH, KEY and the variables OUTPUT_DIR and PRETRAINED set it"
     done
