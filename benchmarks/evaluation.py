@@ -273,8 +273,8 @@ def measure_propagation(args, patch_size, h, w, device):
         differ = int(((calls["tiles"]() - calls["dense, 260 cells at a time"]()).abs() > 1e-6).any(dim=-1).sum())
         seconds = alternate(calls, args.rounds, device)
     # float32 decides whether the fifth best source or one that is as good but for its last digit is taken.
-    medians = report(f"propagation: {h} x {w} cells (patches of {patch_size} pixels), features of {args.dim}, 8 sources; of "
-                     f"{h * w} cells {differ} differ by more than 1e-6", seconds, 1, "frames", "dense")
+    medians = report(f"propagation: {h} x {w} cells (patches of {patch_size} pixels), features of {args.dim}, 8 sources; "
+                     f"{differ} of {h * w} cells differ by more than 1e-6", seconds, 1, "frames", "dense")
     print("  dense / tiles: " + ", ".join(f"{name} {medians[name] / medians['tiles']:.2f}" for name in list(calls)[1:])
           + "; memory " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items()), flush=True)
 

@@ -268,6 +268,8 @@ def test_masks_equal_a_plain_computation(data, done):
         image = ((pixels / 255 - mean) / std).permute(2, 0, 1)[None].float()
         with torch.no_grad():
             frames.append(F.normalize(model(image, return_all_tokens=True)[0, 1:], dim=1).view(8, 8, -1))
+            own = script.frame_features(model, pixels.permute(2, 0, 1)[None])[0]
+        torch.testing.assert_close(own, frames[t], atol=1e-5, rtol=0)
         if t == 0:
             small = first[(8 * np.arange(8) + 4)][:, (12 * np.arange(8) + 6)]
             grids.append(torch.eye(3)[torch.from_numpy(small).long()])
@@ -311,9 +313,11 @@ def test_scores_tables_and_records(data, done, monkeypatch, capsys):
 def test_the_truth_and_the_shifted_truth(data, tmp_path, monkeypatch):
     """Squares of side a, three pixels to the right, radius 1: J (a - 3) / (a + 3); half of the outline's 4a pixels are near."""
     truth = shutil.copytree(data / "DAVIS/Annotations/480p", tmp_path / "truth")
+    for number in (0, 4):  # the first and the last frame do not count
+        davis.write_labels(np.full((64, 96), 9, dtype=np.uint8), truth / f"one/{number:05}.png")
     run_main(monkeypatch, script, "--data_path", data, "--score_only", truth)
     assert table(truth / "global_results-val.csv")[1] == ["1.000", "1.000", "1.000", "0.000", "1.000", "1.000", "0.000"]
-    for path in truth.glob("one/*.png"):
+    for path in truth.glob("one/*[123].png"):
         davis.write_labels(np.roll(labels_of(path), 3, axis=1), path)
     run_main(monkeypatch, script, "--data_path", data, "--score_only", truth, "--sequences", "one")
     assert table(truth / "global_results-val.csv")[1] == ["0.620", "0.739", "1.000", "0.000", "0.500", "0.000", "0.000"]
