@@ -22,10 +22,10 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
                                    tries several rates
             imagenet_semi_cls      fine-tuning on few labels, in semi_cls/SUBSET/KEY: data/imagenet_split, or the part of
                                    data/imagenet that --train_subset names
-          fine-tuning on other data, in data/{cifar,cars,flwrs,inat/2018,inat/2019}; results in cls/DATA/KEY:
-            cifar_cls, cifar10_cls, cars_cls, flwrs_cls, inat_cls, inat19_cls
           objects in videos, in data/davis/DAVIS; masks in viseg/KEY, or in the folder that --output_dir names:
             davis_viseg
+          fine-tuning on other data, in data/{cifar,cars,flwrs,inat/2018,inat/2019}; results in cls/DATA/KEY:
+            cifar_cls, cifar10_cls, cars_cls, flwrs_cls, inat_cls, inat19_cls
 JOB_NAME  results go to work_dirs/JOB_NAME
 ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
 KEY       networks to evaluate: teacher, student, or both with a comma
@@ -85,15 +85,15 @@ task() {
             script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} features=''
             [ -n "$subset" ] || data=${at}data/imagenet_split
             fixed=(--avgpool_patchtokens "${AVGPOOL:-0}" --finetune_head_layer 1 --epochs 1000 --lr 5e-6) ;;
+        davis_viseg)
+            script=evaluation/eval_video_segmentation.py data=${at}data/davis/DAVIS folders='' features=own
+            fixed=(--results_dir "${output-}") ;;
         cifar_cls)   transfer cifar cifar cifar100 7.5e-6 1000 ;;
         cifar10_cls) transfer cifar10 cifar cifar10 7.5e-6 1000 ;;
         cars_cls)    transfer cars cars cars 7.5e-5 1000 ;;
         flwrs_cls)   transfer flwrs flwrs flowers 7.5e-6 1000 ;;
         inat_cls)    transfer inat inat/2018 inat2018 "$(small 5e-5 7.5e-6)" 360 --reprob 0.1 ;;
         inat19_cls)  transfer inat19 inat/2019 inat2019 "$(small 2.5e-5 7.5e-6)" 360 --reprob 0.1 ;;
-        davis_viseg)
-            script=evaluation/eval_video_segmentation.py data=${at}data/davis/DAVIS folders='' features=own
-            fixed=(--results_dir "${output-}") ;;
         *) return 1 ;;
     esac
 }

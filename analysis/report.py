@@ -171,6 +171,15 @@ def figures(pictures):
     return "\n".join(parts)
 
 
+def video_section(folder, key):
+    """The section of three videos that `eval_video_segmentation.py` has segmented for this key; None if it was not run."""
+    masks = folder / "viseg" / key
+    pictures = [(masks, path.name, 1, f"{path.stem}: first, middle and last frame") for path in sorted(masks.glob("*.jpg"))]
+    text = ("Objects that are marked in the first frame, on the left, are found again by the likeness of patches "
+            "(evaluation/eval_video_segmentation.py).")
+    return section("Objects in videos", f"<p>{text}</p>\n{figures(pictures[:3])}") if pictures else None
+
+
 def run_step(step):
     """Run the commands of a section. Returns (HTML of the section, error or None)."""
     shown, commands, error = [], [], None
@@ -223,15 +232,6 @@ def page(title, facts, sections):
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>\n'
             f"<h1>{html.escape(title)}</h1>\n<table>{rows}</table>\n<nav>{links}</nav>\n" + "\n".join(sections)
             + "\n</body></html>\n")
-
-
-def video_section(folder, key):
-    """The section of three videos that `eval_video_segmentation.py` has segmented for this key; None if it was not run."""
-    masks = folder / "viseg" / key
-    pictures = [(masks, path.name, 1, f"{path.stem}: first, middle and last frame") for path in sorted(masks.glob("*.jpg"))]
-    text = ("Objects that are marked in the first frame, on the left, are found again by the likeness of patches "
-            "(evaluation/eval_video_segmentation.py).")
-    return section("Objects in videos", f"<p>{text}</p>\n{figures(pictures[:3])}") if pictures else None
 
 
 def main():

@@ -204,6 +204,15 @@ def result_tables(records, outdated):
     return accuracies, others, list(notes.values())
 
 
+def video_table(records):
+    """[header, rows...] of published numbers for DAVIS 2017 if there is a result of `records` for it, else []."""
+    if not any(record["protocol"] == "video_segmentation" for record in records):
+        return []
+    return [["network", "method", "J&F", "J", "F"]] + [
+        [f"{arch}/{patch}", method, *(f"{value:.1f}" for value in values)]
+        for arch, patch, method, *values in PUBLISHED_VIDEO]
+
+
 def published_table(records):
     """[header, rows...] of the paper's numbers for the networks of `records`."""
     networks = list(dict.fromkeys(map(network, records)))
@@ -216,15 +225,6 @@ def published_table(records):
     return [["network", "epochs", "", "k-NN", "linear", "fine-tuned"]] + [
         [f"{arch}/{size}", str(epochs or "-"), what, *(f"{value:.1f}" if value else "-" for value in accuracies)]
         for arch, size, epochs, what, *accuracies in found]
-
-
-def video_table(records):
-    """[header, rows...] of published numbers for DAVIS 2017 if there is a result of `records` for it, else []."""
-    if not any(record["protocol"] == "video_segmentation" for record in records):
-        return []
-    return [["network", "method", "J&F", "J", "F"]] + [
-        [f"{arch}/{patch}", method, *(f"{value:.1f}" for value in values)]
-        for arch, patch, method, *values in PUBLISHED_VIDEO]
 
 
 def as_text(table):
