@@ -22,6 +22,8 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
                                    tries several rates
             imagenet_semi_cls      fine-tuning on few labels, in semi_cls/SUBSET/KEY: data/imagenet_split, or the part of
                                    data/imagenet that --train_subset names
+          objects in videos, in data/davis/DAVIS; masks in viseg/KEY, or in the folder that --output_dir names:
+            davis_viseg
           fine-tuning on other data, in data/{cifar,cars,flwrs,inat/2018,inat/2019}; results in cls/DATA/KEY:
             cifar_cls, cifar10_cls, cars_cls, flwrs_cls, inat_cls, inat19_cls
           retrieval on data/revisited_paris_oxford: paris_oxford_reid, with pages of neighbours in retrieval/SET/KEY
@@ -56,7 +58,7 @@ EOF
 
 TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls \
 imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls \
-paris_oxford_reid copydays_copydet"
+davis_viseg paris_oxford_reid copydays_copydet"
 
 # The table of tasks; TASKS and the usage list them too.
 #   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
@@ -86,6 +88,9 @@ task() {
             script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} features=''
             [ -n "$subset" ] || data=${at}data/imagenet_split
             fixed=(--avgpool_patchtokens "${AVGPOOL:-0}" --finetune_head_layer 1 --epochs 1000 --lr 5e-6) ;;
+        davis_viseg)
+            script=evaluation/eval_video_segmentation.py data=${at}data/davis/DAVIS folders='' features=own
+            fixed=(--results_dir "${output-}") ;;
         cifar_cls)   transfer cifar cifar cifar100 7.5e-6 1000 ;;
         cifar10_cls) transfer cifar10 cifar cifar10 7.5e-6 1000 ;;
         cars_cls)    transfer cars cars cars 7.5e-5 1000 ;;
@@ -356,6 +361,7 @@ run_tasks() {
         die "PRETRAINED is $checkpoint, but this command evaluates what it pre-trains: unset it"
     fi
     for name in --arch --output_dir --results_dir --pretrained_weights --checkpoint_key; do
+        [ "$name ${names[*]}" != "--output_dir davis_viseg" ] || continue  # of the masks; results.json stays
         [ -z "$(flag_value $name ${extra[@]+"${extra[@]}"})" ] ||
             die "$name cannot be passed on: ARCH, KEY and the variables OUTPUT_DIR and PRETRAINED set it"
     done

@@ -6,7 +6,7 @@
 Runs the scripts of analysis/ one after the other and puts their pictures and figures into `index.html` in the output
 folder, one file that needs no network. Images come from DATA/val (DATA itself where it has no val), by default of the
 folder that the checkpoint was trained on. With DATA/train too, heads are trained on frozen features (`--probe`). Results of
-robustness.sh are shown, if they are in the folder `robustness` beside the checkpoint.
+robustness.sh are shown, if they are in the folder `robustness` beside the checkpoint, and videos of `viseg`.
 """
 import base64
 import html
@@ -168,6 +168,15 @@ def figures(pictures):
     return "\n".join(parts)
 
 
+def video_section(folder, key):
+    """The section of three videos that `eval_video_segmentation.py` has segmented for this key; None if it was not run."""
+    masks = folder / "viseg" / key
+    pictures = [(masks, path.name, 1, f"{path.stem}: first, middle and last frame") for path in sorted(masks.glob("*.jpg"))]
+    text = ("Objects that are marked in the first frame, on the left, are found again by the likeness of patches "
+            "(evaluation/eval_video_segmentation.py).")
+    return section("Objects in videos", f"<p>{text}</p>\n{figures(pictures[:3])}") if pictures else None
+
+
 def run_step(step):
     """Run the commands of a section. Returns (HTML of the section, error or None)."""
     shown, commands, error = [], [], None
@@ -216,7 +225,7 @@ def main():
     root, images = find_data(data)
     common.image_folder(images)  # its errors before the work
     out = common.output_folder(args.output_dir or path.parent / "report", "--output_dir")
-    sections, failed = [training_section(path.parent, out)], []
+    sections, failed = [training_section(path.parent, out), video_section(path.parent, backbone.key)], []
     for step in plan(args, backbone, root, images, out):
         start = time.time()
         content, error = run_step(step)

@@ -3,6 +3,7 @@
 Letters in shape comments: B images, G global crops, L local crops.
 """
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,6 +68,39 @@ class Ours:
             batches, self.student, self.teacher, self.ema, self.loss, self.optimizer, self.scaler, 0, lr=5e-4,
             weight_decay=0.04, momentum=0.996, clip_grad=3.0, freeze_last_layer=False, amp_dtype=self.amp_dtype,
             accum_iter=len(batches))
+
+
+class Peak(threading.Thread):
+    """Largest resident memory of this process while it runs, in MiB above that at the start (Linux)."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.first = self.most = self._now()
+        self.done = False
+
+    @staticmethod
+    def _now():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    def run(self):
+        while not self.done:
+            self.most = max(self.most, self._now())
+            time.sleep(0.002)
+
+
+def risen(call, device):
+    """MiB by which the memory rises while `call()` runs: that of the process, on CUDA what the allocator gives."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    peak = Peak()
+    peak.start()
+    call()
+    peak.done = True
+    peak.join()
+    return peak.most - peak.first
 
 
 def timed(call, device):

@@ -9,6 +9,7 @@
     crops     an epoch of it on random crops of images, the default: 45 heads at once against one
     knn       weighted votes of the nearest neighbours, against scikit-learn's brute force
     logistic  logistic regression to the bound 1e-4, against scikit-learn's
+    propagation  masks of a DAVIS frame by tiles, against the dense rule; F by boundary points, against distance transforms
     features  all protocols of a joined command: features taken once and kept, against once per protocol
 
 What is compared alternates within one process (`commands`: in processes of their own), so that both meet the same noise;
@@ -29,22 +30,25 @@ import numpy as np
 import sklearn
 import torch
 import torch.nn.functional as F
-from common import timed
+from common import risen, timed
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 import models
 import utils
+from evaluation.common import davis
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import image_sets
 from evaluation.common.features import feature_dim, frozen_features
 from evaluation.common.knn import knn_classify
 from evaluation.common.linear import HeadConfig, LinearHeads, augmented_epochs, kept_batches, sweep_configs, train_epoch
 from evaluation.common.logistic import fit_logistic
+from evaluation.common.propagation import propagate
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("heads", "commands", "crops", "knn", "logistic", "features")
+PARTS = ("heads", "commands", "crops", "knn", "logistic", "propagation", "features")
 ONE = [HeadConfig(0.1)]
 PROTOCOLS = 4  # k-NN, logistic regression, clustering, linear probing
 
@@ -238,6 +242,63 @@ def measure_logistic(args, device, penalty=1e-4):
            "images", "scikit-learn")
 
 
+# ---------------------------------------------------------------- objects in videos
+
+def dense_rule(queries, sources, masks, radius, topk, rows):
+    """As the reference: affinities of `rows` query cells to all source cells, exponential, neighbourhood, the best."""
+    h, w, C = masks[0].shape
+    keys, values = torch.stack(sources).flatten(0, 2), torch.stack(masks).flatten(0, 2)  # [S N, D], [S N, C]
+    cells = torch.arange(h * w, device=keys.device)
+    y, x = cells // w, cells % w
+    found = []
+    for part, top, left in zip(queries.flatten(0, 1).split(rows), y.split(rows), x.split(rows), strict=True):
+        near = ((top[:, None] - y).abs() <= radius) & ((left[:, None] - x).abs() <= radius)  # [rows, N]
+        affinity = (part @ keys.T / 0.1).exp() * near.repeat(1, len(sources))  # [rows, S N]
+        affinity[affinity < affinity.topk(topk, dim=1).values[:, -1:]] = 0
+        found.append(affinity / affinity.sum(dim=1, keepdim=True) @ values)
+    return torch.cat(found).view(h, w, C)
+
+
+def measure_propagation(args, patch_size, h, w, device):
+    """A frame of 480 x 832 pixels with 8 sources and 4 channels; neighbouring frames are alike."""
+    torch.manual_seed(0)
+    scene = torch.randn(h, w, args.dim)
+    queries, *sources = (F.normalize(scene + 0.5 * torch.randn_like(scene), dim=-1).to(device) for _ in range(9))
+    masks = [torch.rand(h, w, 4, device=device).softmax(dim=-1) for _ in sources]
+    calls = {"tiles": lambda: propagate(queries, sources, masks, 12, 5),
+             "dense, 260 cells at a time": lambda: dense_rule(queries, sources, masks, 12, 5, 260),
+             "dense": lambda: dense_rule(queries, sources, masks, 12, 5, h * w)}
+    with torch.inference_mode():
+        memory = {name: risen(call, device) for name, call in calls.items()}  # first, while the allocator holds nothing
+        differ = int(((calls["tiles"]() - calls["dense, 260 cells at a time"]()).abs() > 1e-6).any(dim=-1).sum())
+        seconds = alternate(calls, args.rounds, device)
+    # float32 decides whether the fifth best source or one that is as good but for its last digit is taken.
+    medians = report(f"propagation: {h} x {w} cells (patches of {patch_size} pixels), features of {args.dim}, 8 sources; "
+                     f"{differ} of {h * w} cells differ by more than 1e-6", seconds, 1, "frames", "dense")
+    print("  dense / tiles: " + ", ".join(f"{name} {medians[name] / medians['tiles']:.2f}" for name in list(calls)[1:])
+          + "; memory " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items()), flush=True)
+
+
+def measure_boundaries(args):
+    """F of two masks of 480 x 854 pixels."""
+    y, x = np.mgrid[:480, :854]
+
+    def blob(top, left, radius):
+        return np.hypot((y - top) / 1.3, x - left) < radius * (1 + 0.15 * np.sin(5 * np.arctan2(y - top, x - left)))
+
+    predicted, true = blob(240, 400, 110), blob(246, 409, 115)
+
+    def by_transforms():
+        edges = [davis.boundary(mask) for mask in (predicted, true)]
+        precision, recall = (np.mean(distance_transform_edt(~b)[a] <= 8) for a, b in (edges, edges[::-1]))
+        return 2 * precision * recall / (precision + recall)
+
+    assert by_transforms() == davis.boundary_accuracy(predicted, true)
+    seconds = alternate({"boundary points": lambda: davis.boundary_accuracy(predicted, true),
+                         "distance transforms": by_transforms}, args.rounds, torch.device("cpu"))
+    report("propagation: F of an object in a frame of 480 x 854 pixels", seconds, 1, "frames", "distance transforms")
+
+
 def main():
     args = get_args()
     device = utils.choose_device(args.device)
@@ -260,6 +321,10 @@ def main():
             measure_knn(args, device)
         if "logistic" in args.parts:
             measure_logistic(args, device)
+        if "propagation" in args.parts:
+            for patch_size, h, w in ((16, 30, 52), (8, 60, 104)):
+                measure_propagation(args, patch_size, h, w, device)
+            measure_boundaries(args)
         if "features" in args.parts:
             measure_features(args, folder, process)
 

@@ -9,35 +9,17 @@ bank, each with its time and how far the memory rose above that before it (peak 
 import argparse
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from common import Peak
 
 import utils
 from analysis.extract_pattern import extract_topk_cluster as pattern
 from models import iBOTHead
-
-
-class Peak(threading.Thread):
-    """Largest resident memory of this process while it runs, in MiB above that at the start (Linux)."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.first = self.most = self._now()
-        self.done = False
-
-    @staticmethod
-    def _now():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-
-    def run(self):
-        while not self.done:
-            self.most = max(self.most, self._now())
-            time.sleep(0.002)
 
 
 def measured(name, call, times=1):

@@ -22,7 +22,8 @@ from evaluation.common.results import read_results
 PROTOCOLS = {"knn": "k-NN", "linear": "linear, sweep", "linear_solo": "linear, one rate", "logistic": "logistic regression",
              "unsupervised": "clusters", "linear_part": "part-wise linear", "finetune": "fine-tuning",
              "semi_supervised": "few labels", "imagenet9": "ImageNet-9", "backgrounds_challenge": "adversarial backgrounds",
-             "imagenet_a": "ImageNet-A", "imagenet_c": "ImageNet-C", "occlusion": "occlusion", "shuffle": "shuffled cells"}
+             "imagenet_a": "ImageNet-A", "imagenet_c": "ImageNet-C", "occlusion": "occlusion", "shuffle": "shuffled cells",
+             "video_segmentation": "objects in videos"}
 TRANSFER = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "inat2018": "iNaturalist 2018", "inat2019": "iNaturalist 2019",
             "flowers": "Flowers", "cars": "Cars"}
 PROTOCOLS |= {f"transfer_{name}": f"transfer, {title}" for name, title in TRANSFER.items()}
@@ -52,6 +53,17 @@ PUBLISHED = (
     ("vit_large", 16, 250, "random masks", 77.7, 81.3, 85.0),
     ("vit_large", 16, 50, "pre-trained on ImageNet-22K", 72.9, 82.3, 86.6),
 )
+# Objects in the videos of DAVIS 2017: network, patch, method, J&F, J, F in percent. ViT-S/16 as in Table 16, the others are
+# of DINO's paper (Caron et al., 2021).
+PUBLISHED_VIDEO = (
+    ("vit_small", 16, "iBOT, 800 epochs", 61.8, 60.4, 63.2),
+    ("vit_small", 16, "DINO", 61.8, 60.2, 63.4),
+    ("vit_base", 16, "DINO", 62.3, 60.7, 63.9),
+    ("vit_small", 8, "DINO", 69.9, 66.6, 73.1),
+    ("vit_base", 8, "DINO", 71.4, 67.9, 74.9),
+    ("vit_small", 8, "supervised", 66.0, 63.9, 68.1),
+)
+VIDEO = {"sequences": 30, "frames": 1999, "objects": 61}  # of the validation set, for which these numbers are
 TRAIN_IMAGES, VAL_IMAGES = 1281167, 50000
 # ViT-S/16 with 1 % and 10 % of the labels (Table 12); its clusters with 1000 outputs (Table 5).
 SUBSET_IMAGES = (12811, 128116)
@@ -147,6 +159,10 @@ def paper(record):
     if protocol.startswith("transfer_"):
         found = PUBLISHED_TRANSFER.get(which, {}).get(protocol.removeprefix("transfer_"))
         return ({} if found is None or settings.get("train_subset") else {"top1": found}), True
+    if protocol == "video_segmentation":
+        whole = VIDEO.items() <= record["metrics"].items() and settings.get("scale_size") == 480
+        found = PUBLISHED_VIDEO[0][3:] if whole and which == PUBLISHED_VIDEO[0][:2] else ()
+        return dict(zip(("J&F-Mean", "J-Mean", "F-Mean"), found, strict=False)), True
     if settings.get("dataset", "imagefolder") != "imagefolder":
         return {}, False
     train, compares = settings.get("train_images"), settings.get("val_images") == VAL_IMAGES
@@ -213,6 +229,15 @@ def result_tables(records, outdated):
                                    for name, value in metrics.items())
                 others.append([*start, text, result or "-", beside, when])
     return accuracies, others, list(notes.values())
+
+
+def video_table(records):
+    """[header, rows...] of published numbers for DAVIS 2017 if there is a result of `records` for it, else []."""
+    if not any(record["protocol"] == "video_segmentation" for record in records):
+        return []
+    return [["network", "method", "J&F", "J", "F"]] + [
+        [f"{arch}/{patch}", method, *(f"{value:.1f}" for value in values)]
+        for arch, patch, method, *values in PUBLISHED_VIDEO]
 
 
 def published_table(records):
@@ -313,6 +338,8 @@ def report(output_dir):
     text += ["\n".join(f"- {note}" for note in notes)] if notes else []
     text += ["## Published", source, *([as_markdown(published)] if len(published) > 1 else [])]
     text += ["Retrieval and copy detection, mAP:", as_markdown(retrieval)] if retrieval else []
+    video = video_table(records)
+    text += ["Objects in the videos of DAVIS 2017:", as_markdown(video)] if video else []
     text += ["## Curves"] + ([f"![{title}](pictures/{name}.png)" for name, (title, _) in pictures.items()] or ["No logs."])
     text += ["## Settings", *(settings_text(record) for record in records)]
     try:
@@ -328,6 +355,7 @@ def report(output_dir):
     parts += ["\n".join(notes)] if notes else []
     parts += [source + (f"\n{as_text(published)}" if len(published) > 1 else "")]
     parts += [f"Published mAP of retrieval and copy detection\n{as_text(retrieval)}"] if retrieval else []
+    parts += [f"Published numbers of DAVIS 2017\n{as_text(video)}"] if video else []
     parts += [f"written: {folder / 'report.md'}" + "".join(f", {folder / 'pictures' / name}.png" for name in pictures)]
     print("\n\n".join(parts), flush=True)
 

@@ -288,6 +288,23 @@ def test_a_stopped_fine_tuning_says_how_to_go_on(repository):
     assert result.returncode == 75 and "cifar_cls was stopped (code 75); to go on: bash" in result.stderr
 
 
+def test_videos(repository):
+    """As the authors' README has it, with a folder of the masks, too; several keys have folders below it."""
+    words = ("davis_viseg", "job", "vit_small", "teacher", 1)
+    [command] = commands(repository, *words, DATA_PATH="imagenet's")
+    assert command == ["python3", "evaluation/eval_video_segmentation.py", "--pretrained_weights", "work_dirs/job/checkpoint.pth",
+                       "--checkpoint_key", "teacher", "--data_path", "data/davis/DAVIS", "--arch", "vit_small", "--output_dir",
+                       "work_dirs/job", "--results_dir", "work_dirs/job"]
+    [command] = commands(repository, *words, "--data_path", "data/davis", "--output_dir", ".viseg/")
+    assert command[-4:] == ["--data_path", "data/davis", "--output_dir", ".viseg/"]
+    assert command.count("--data_path") == 1 and flag(command, "--results_dir") == "work_dirs/job"
+    for kind in ("imagenet_pretrain+davis_viseg", "imagenet_knn+davis_viseg"):
+        assert "--output_dir cannot be passed on" in error(call(repository, kind, *words[1:], "--output_dir", "x", DRY_RUN="1"))
+    (repository / "work_dirs/job").mkdir(parents=True)
+    (repository / "work_dirs/job/checkpoint.pth").touch()
+    assert "davis_viseg: no folder data/davis/DAVIS" in error(call(repository, *words))
+
+
 def test_report(repository):
     assert commands(repository, "report", "my job") == [["python3", "evaluation/report.py", "--output_dir", "work_dirs/my job"]]
     [command] = commands(repository, "report", "job", OUTPUT_DIR="out")
