@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 import torch.nn.functional as F
 
 import utils
@@ -71,6 +72,7 @@ def main():
     backbones, _ = read_backbones(args)
     sets = read_sets(args)
     features = extract_features_of_keys(args, backbones, sets, process)
+    torch.set_float32_matmul_precision("highest")  # the bound that ends a fit is finer than TF32
     if process.rank == 0:
         # MPS has no double precision, which sums over the images are kept in.
         device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"
