@@ -8,6 +8,7 @@ Minimises over W, by L-BFGS over all training images at once: the mean cross-ent
 lambda / (2 n) |W|^2, for features x of length 1 and n training images. `--raw_lambda true` leaves out the 1 / n.
 Features come from all processes; the first one fits.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def get_args_parser():
                             help="stop when the objective is surely within this share of its minimum")
     regression.add_argument("--use_cuda", type=utils.bool_flag, default=True,
                             help="fit on the backbone's device; false: on the CPU, for feature matrices that do not fit")
+    regression.add_argument("--it0", type=int, help=argparse.SUPPRESS)  # the reference's: how often its solver looks
     return parser
 
 
