@@ -4,8 +4,8 @@
     python extract_backbone_weights.py checkpoint.pth vit.safetensors --checkpoint_key teacher --format timm
 
 `--format ibot` keeps this project's names: {"state_dict": {name: tensor}} in a .pth file, {name: tensor} in a
-.safetensors file. `--format flat` is {name: tensor} in both, as the reference's script for fine-tuning wrote and its trainer
-read. `--format timm` is {name: tensor} in both, which models of timm load strictly, such as
+.safetensors file. `--format flat` is {name: tensor} in both, as the reference's fine-tuning reads them. `--format timm` is
+{name: tensor} in both, which models of timm load strictly, such as
 
     timm.create_model("vit_small_patch16_224", num_classes=0)
     timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
