@@ -4,7 +4,8 @@
     python extract_backbone_weights.py checkpoint.pth vit.safetensors --checkpoint_key teacher --format timm
 
 `--format ibot` keeps this project's names: {"state_dict": {name: tensor}} in a .pth file, {name: tensor} in a
-.safetensors file. `--format timm` is {name: tensor} in both, which models of timm load strictly, such as
+.safetensors file. `--format flat` is {name: tensor} in both, as the reference's fine-tuning reads them. `--format timm` is
+{name: tensor} in both, which models of timm load strictly, such as
 
     timm.create_model("vit_small_patch16_224", num_classes=0)
     timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
@@ -28,7 +29,7 @@ def get_args_parser():
     parser.add_argument("output", help="file to write; its ending, .pth or .safetensors, says the kind")
     parser.add_argument("--checkpoint_key", default="state_dict", help="entry of the checkpoint: student, teacher, ...")
     parser.add_argument("--with_head", type=utils.bool_flag, default=False, help="keep the projection head too")
-    parser.add_argument("--format", choices=("ibot", "timm"), default="ibot")
+    parser.add_argument("--format", choices=("ibot", "flat", "timm"), default="ibot")
     return parser
 
 
@@ -76,7 +77,7 @@ def main():
     except OSError as error:
         raise utils.InputError(f"output {output}: its folder cannot be made ({error.strerror})") from error
     if output.suffix == ".pth":
-        utils.save_atomically(state if args.format == "timm" else {"state_dict": state}, output)
+        utils.save_atomically({"state_dict": state} if args.format == "ibot" else state, output)
     else:
         if "__metadata__" in state:
             raise utils.InputError(f"output {output}: a safetensors file cannot hold a tensor called __metadata__")
@@ -91,7 +92,7 @@ def main():
         finally:
             temporary.unlink(missing_ok=True)
     print(f"{output}: {len(state)} tensors, {sum(value.numel() for value in state.values()) / 1e6:.2f} M values, "
-          f"{args.format} names")
+          f"{'timm' if args.format == 'timm' else 'ibot'} names")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import stat
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -775,31 +776,17 @@ def finish_batch(batch, photometry=apply_photometry):
 def device_batches(data_loader, device, photometry=apply_photometry):
     """Batches of a DataLoader, moved to `device` and finished there (`finish_batch`).
 
-    On CUDA the next batch is copied on a side stream while the caller computes on the current one (with
-    `pin_memory=True`; without, the copy waits). At most one batch is fetched ahead.
+    On CUDA a batch is copied on a side stream while the device still computes on the one before (with `pin_memory=True`;
+    without, the copy waits). None is waited for before the caller has given the device its work on the one before.
     """
-    def move(batch):
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in batch))
-
-    if device.type != "cuda":
-        for batch in data_loader:
-            yield finish_batch(move(batch), photometry)
-        return
-
-    batches, side = iter(data_loader), torch.cuda.Stream(device)
-
-    def fetch():
-        batch = next(batches, None)
-        with torch.cuda.stream(side):
-            return batch and move(batch)
-
-    following = fetch()
-    while following is not None:
-        main = torch.cuda.current_stream(device)
-        main.wait_stream(side)  # before the next copy is queued, or it would be waited for too
-        for x in following:
-            if x is not None:
-                x.record_stream(main)  # its memory may not go to a later copy before `main` has read it
-        batch = finish_batch(following, photometry)
-        following = fetch()
-        yield batch
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in data_loader:
+        with torch.cuda.stream(side) if side else nullcontext():
+            batch = Batch(*(None if x is None else x.to(device, non_blocking=True) for x in batch))
+        if side:
+            main = torch.cuda.current_stream(device)
+            main.wait_stream(side)
+            for x in batch:
+                if x is not None:
+                    x.record_stream(main)  # its memory may not go to a later copy before `main` has read it
+        yield finish_batch(batch, photometry)

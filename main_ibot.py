@@ -11,6 +11,7 @@ Letters in shape comments: B images of a batch, G global crops, L local crops, N
 M masked patches of the batch, K outputs of the head, W processes.
 """
 import argparse
+import gc
 import math
 import time
 from contextlib import ExitStack, nullcontext
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 import loader
@@ -356,6 +358,28 @@ def build_networks(args):
     return student, teacher
 
 
+def flops_per_image(args):
+    """Operations of matrix products (a product and a sum are two) for an image in a step: of teacher, student and backward
+    pass, each once, also where it is computed again. Counted on networks of shapes alone, with masks of the mean ratio."""
+    with torch.device("meta"):
+        student, teacher = (network.eval() for network in build_networks(args))
+        B, G, L = args.batch_size_per_gpu, args.global_crops_number, args.local_crops_number if args.lambda1 else 0
+        cells = args.global_crops_size // models.mask_cell(args.arch, args.patch_size)
+        crops = torch.empty(G * B, 3, *[args.global_crops_size] * 2)
+        masks = torch.empty(G * B, cells, cells, dtype=torch.bool)
+        local_crops = torch.empty(L * B, 3, *[args.local_crops_size] * 2) if L else None
+        masked = round(masks.numel() * float(np.mean(args.pred_ratio))) if args.lambda2 else 0
+        index = torch.empty(masked, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():  # the wrapper's forward, but for the mean of the patches: autocast knows no meta device
+            all_tokens = teacher.head.has_batch_norm or args.lambda2 and args.patch_centering
+            z = teacher.head.bottleneck(teacher.backbone.forward_crops([crops], wanted=None if all_tokens else index)[0])
+            teacher.head.last_layers(z[:G * B], z[:masked])
+        student_cls, student_patch, _ = student(crops, index, masks=masks, local_crops=local_crops)
+        (student_cls.sum() + student_patch.sum()).backward()
+    return counter.get_total_flops() / B
+
+
 def build_optimizer(name, parameter_groups, device):
     """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step.
 
@@ -417,6 +441,9 @@ def pretrain(args, signals, at_end):
     local_crops_number = args.local_crops_number if args.lambda1 else 0  # local crops enter the [CLS] loss only
     on_device = device.type != "cpu" if args.augment_on == "auto" else args.augment_on == "device"
     compiled = device.type == "cuda" if args.compile is None else args.compile
+    if compiled:
+        utils.check_compiler(device)
+    torch.backends.cudnn.benchmark = True  # crops have one size or two
     workers = utils.default_workers() if args.num_workers is None else args.num_workers
     dataset = loader.ImageFolderMask(
         args.data_path,
@@ -460,6 +487,11 @@ def pretrain(args, signals, at_end):
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
+    peak = utils.peak_flops(device, amp_dtype)
+    load = flops_per_image(args) / peak if peak else None  # seconds that the device needs at least
+    if args.arch.startswith("swin") and args.use_masked_im_modeling and any(args.pred_ratio) and not args.pred_start_epoch:
+        notes.append("note: a Swin masked from the first epoch on: watch its gradient norms (step/grad_norm); the recipe "
+                     "begins with --pred_start_epoch 50")
 
     # ============ resume ============
     start_epoch, progress = 0, new_progress()
@@ -495,6 +527,7 @@ def pretrain(args, signals, at_end):
         print("\n".join(notes + [where]), flush=True)
 
     # ============ training ============
+    at_end.enter_context(utils.collecting_by_hand())
     start_time, saved_at = time.time(), time.monotonic()
     bad_before, warned = set(progress["bad"]), set()
 
@@ -528,7 +561,8 @@ def pretrain(args, signals, at_end):
         check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
             ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),
-            steps_per_epoch, schedules, epoch, progress, wanted, save_now, check, amp_dtype, writer, args, device)
+            steps_per_epoch, schedules, epoch, progress, wanted, save_now, check, amp_dtype, load, writer, args, device)
+        gc.collect()
         bad = loader.bad_images(dataset, bad_before, device)
         if main_process:
             write_logs(output_dir, epoch, stats, writer, bad)
@@ -549,13 +583,14 @@ def pretrain(args, signals, at_end):
 
 
 def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, steps, schedules, epoch, progress, wanted,
-                    save_now, check_images, amp_dtype, writer, args, device):
+                    save_now, check_images, amp_dtype, load, writer, args, device):
     """Updates `progress["step"]` to `steps` of an epoch. Returns its means by name (on process 0 also clustering scores).
 
     Args:
         fetch: gives the next batch, or None when a signal ended the wait.
         progress: `new_progress()`, or as a checkpoint had it; kept up to date.
         wanted, save_now, check_images: see `pretrain`; `check_images` is called with each log line.
+        load: seconds that a device needs at least for an image; None: not known.
 
     Raises `utils.Preempted` at the first batch at which any process wants to stop, after saving.
     """
@@ -634,15 +669,20 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         elapsed, now = time.time() - since, time.time()
         if writer:
             images_s = (it + 1 - since_step) * len(labels) * utils.get_world_size() / elapsed
+            speed = {"images_per_second": images_s}
+            if load:  # model FLOPs utilisation, of all devices
+                speed["mfu"] = images_s * load / utils.get_world_size()
             left = (args.epochs * steps - step - 1) * elapsed / (it + 1 - since_step)
             print(f"epoch {epoch}/{args.epochs} [{it + 1:>{len(str(steps))}}/{steps}]  "
                   + "  ".join(f"{name} {last[name]:.4f} ({utils.mean_of(progress, name):.4f})" for name in METERS[:4])
                   + f"  lr {last['lr']:.2e}  wd {last['wd']:.3f}  {images_s:.1f} images/s"
+                  + (f"  mfu {100 * speed['mfu']:.1f} %" if load else "") +
                   f"  data {100 * waited / elapsed:.0f} %  memory {utils.peak_memory_mib(device):.0f} MiB"
                   f"  eta {utils.eta_string(left)}", flush=True)
-            utils.log_scalars(writer, "step", {"images_per_second": images_s}, step)
+            utils.log_scalars(writer, "step", speed, step)
         waited, since, since_step = 0.0, now, it + 1
         check_images()
+        gc.collect(1)  # young objects: the others wait for the end of the epoch
 
     stats = {name: utils.mean_of(progress, name) for name in progress["totals"]}
     labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu().numpy() for parts in (real, predicted))

@@ -15,7 +15,8 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
             imagenet_knn           k-NN
             imagenet_reg           logistic regression
             imagenet_linear        linear probes at 45 learning rates, in the sub-folder linear/KEY
-            imagenet_linear_solo   a linear probe at the rate --lr, in the sub-folder linear_solo/KEY
+            imagenet_linear_solo   a linear probe at the rate --lr, in the sub-folder linear_solo/KEY; after pre-training in
+                                   the same command: imagenet_linear
             imagenet_unsup_cls     unsupervised classification
             imagenet_part_linear   linear probes of the most attended patches, in the sub-folder linear_part/KEY
             imagenet_cls           fine-tuning with the paper's settings for ARCH, in the sub-folder cls/imnet/KEY; --lr A,B,...
@@ -325,7 +326,14 @@ run_tasks() {
         task "$part" || die "unknown TYPE '$part'; known: ${TASKS// /, } (joined with +), quickstart, report, test"
         if [ "$part" = imagenet_pretrain ]; then pretrains=yes; else names+=("$part"); fi
     done
-    [ -z "$pretrains" ] || names=(imagenet_pretrain ${names[@]+"${names[@]}"})
+    if [ -n "$pretrains" ]; then  # one rate has no flag to come from then: the sweep is run in its place, as in the reference
+        rest=" imagenet_pretrain "
+        for part in ${names[@]+"${names[@]}"}; do
+            [ "$part" != imagenet_linear_solo ] || part=imagenet_linear
+            case $rest in *" $part "*) ;; *) rest="$rest$part " ;; esac
+        done
+        read -r -a names <<<"$rest"
+    fi
 
     local missing=JOB_NAME,ARCH,KEY,GPUS
     for i in 2 3 4 5; do

@@ -5,6 +5,7 @@ Letter in shape comments: T any number of values.
 import argparse
 import contextlib
 import datetime
+import gc
 import json
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ import stat
 import struct
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
 import zipfile
@@ -190,8 +192,76 @@ def init_process(device="auto", dist_url="env://"):
         if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":  # several nodes may count differently
             # After a restart torchrun's store may still hold the addresses of the processes before: gloo waits for them.
             place = {"store": dist.PrefixStore(f"attempt {attempt}", next(rendezvous(dist_url, rank, world_size))[0])}
+        if device.type == "cuda":
+            place["device_id"] = device  # NCCL connects now, and need not guess the device of a barrier
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", world_size=world_size, rank=rank, **place)
     return Process(rank, world_size, local_rank, device)
+
+
+def use_fast_products(device):
+    """On CUDA: products of float32 in TF32 (10 bits of mantissa), convolutions by the quickest of cuDNN's ways for a shape.
+
+    Returns the precision of products in words.
+    """
+    if device.type != "cuda":
+        return "float32"
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    return "TF32"
+
+
+def check_compiler(device):
+    """Raise InputError unless `torch.compile` finds here what it needs; without this it would fail at the first step."""
+    def need(condition, what):
+        if not condition:
+            raise InputError(f"--compile needs {what}; --compile false does without")
+
+    if device.type == "cuda":
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        need(major >= 7, f"a GPU of compute capability 7.0 or newer, {name} has {major}.{minor}")
+    # Triton builds its launchers in C, torch's kernels for CPUs are C++; both take what these variables name.
+    variable, known = "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    if device.type == "cuda":
+        variable, known = "CC", ("gcc", "clang")
+    names = [os.environ[variable].split()[0]] if os.environ.get(variable, "").strip() else known
+    need(any(map(shutil.which, names)), f"a {'C++' if variable == 'CXX' else 'C'} compiler, and there is no "
+                                        f"{' or '.join(names)} here ({variable} names another one)")
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    need(header.exists(), f"Python's headers, and there is no {header} (Debian and Ubuntu: apt install python3-dev)")
+
+
+# Dense products of bfloat16 or float16 with sums in float32, in 10^12 operations a second, by the makers' data sheets. The
+# first pattern that is found in a device's name counts.
+_PEAKS = (("MIG", None), (r"\bB200\b", 2250), (r"\bH[12]00 NVL", 835), (r"\bH100 PCIe", 756), (r"\bG?H[12]00\b", 989),
+          (r"\bA100\b", 312), (r"\bA30\b", 165), (r"\bA40\b", 150), (r"\bA10\b", 125), (r"\bL40S\b", 362), (r"\bL4\b", 121),
+          (r"\bV100-PCIE", 112), (r"\bV100-SXM", 125), (r"\bT4\b", 65), (r"RTX 4090$", 165), (r"RTX 3090$", 71))
+
+
+def peak_flops(device, dtype):
+    """Largest number of operations a second of products in `dtype`; None where it is not known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
+    return peak and 1e12 * peak
+
+
+@contextlib.contextmanager
+def collecting_by_hand():
+    """Within it Python looks for unreachable objects only when `gc.collect` is called, and not among those there are now.
+
+    By itself it would do so amid a step, on each process in another one, for which all others would wait.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def default_workers():
@@ -306,6 +376,7 @@ def ignore_signals(worker_id=None):
 
     When it stops amid taking a batch over, the thread that hands batches over is not to print a traceback.
     """
+    gc.enable()  # within `collecting_by_hand` it was off when this process was forked
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

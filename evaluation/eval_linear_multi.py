@@ -9,6 +9,7 @@ best head is that of the highest accuracy on the validation images, as in the pa
 `checkpoint_KEY_linear.pth` (best) and `checkpoint_KEY_linear_last.pth` into the output folder, with several keys into a
 folder of each there.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def get_args_parser():
     parser = linear_parser("linear probe of a frozen backbone: many learning rates in one pass")
     parser.add_argument("--sweep_lr_only", type=utils.bool_flag, default=True,
                         help="45 rates with plain SGD; false: each also with decay 1e-6 and with LARS, 180 heads")
+    parser.add_argument("--lr", type=float, help=argparse.SUPPRESS)  # eval_linear.py's; ignored, as in the reference
     return parser
 
 

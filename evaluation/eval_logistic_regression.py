@@ -8,11 +8,13 @@ Minimises over W, by L-BFGS over all training images at once: the mean cross-ent
 lambda / (2 n) |W|^2, for features x of length 1 and n training images. `--raw_lambda true` leaves out the 1 / n.
 Features come from all processes; the first one fits.
 """
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 import torch.nn.functional as F
 
 import utils
@@ -35,6 +37,7 @@ def get_args_parser():
                             help="stop when the objective is surely within this share of its minimum")
     regression.add_argument("--use_cuda", type=utils.bool_flag, default=True,
                             help="fit on the backbone's device; false: on the CPU, for feature matrices that do not fit")
+    regression.add_argument("--it0", type=int, help=argparse.SUPPRESS)  # the reference's: how often its solver looks
     return parser
 
 
@@ -71,6 +74,7 @@ def main():
     backbones, _ = read_backbones(args)
     sets = read_sets(args)
     features = extract_features_of_keys(args, backbones, sets, process)
+    torch.set_float32_matmul_precision("highest")  # the bound that ends a fit is finer than TF32
     if process.rank == 0:
         # MPS has no double precision, which sums over the images are kept in.
         device = process.device if args.use_cuda and process.device.type != "mps" else "cpu"

@@ -4,7 +4,6 @@ Letters: T any number of tokens, K outputs.
 """
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 import torch.nn.functional as F
 from torch import nn
 
@@ -26,6 +25,18 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over the processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
 class SyncBatchNorm(nn.BatchNorm1d):
     """Batch norm over all tokens [..., C] of all processes. torch's own needs CUDA and channels in dimension 1."""
 
@@ -37,11 +48,11 @@ class SyncBatchNorm(nn.BatchNorm1d):
         count, total = len(tokens), tokens.sum(dim=0)
         if dist.is_initialized():
             count *= dist.get_world_size()  # every process has as many tokens
-            total = dist_functional.all_reduce(total)
+            total = SumOverProcesses.apply(total)
         mean = total / count
         squares = (tokens - mean).square().sum(dim=0)
         if dist.is_initialized():
-            squares = dist_functional.all_reduce(squares)
+            squares = SumOverProcesses.apply(squares)
         variance = squares / count
         with torch.no_grad():
             self.num_batches_tracked += 1

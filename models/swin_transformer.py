@@ -71,6 +71,7 @@ class SwinTransformer(TimmSwinTransformer):
         self.return_all_tokens = return_all_tokens
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
         self.head = nn.Identity()
+        self.pos_drop = nn.Dropout(0.0)  # as a ViT's: fine-tuning sets its rate
         self.run = SwinTransformer.forward  # a compiled one takes its place with `compile_blocks`
         self.embed_dim = self.num_features
         # The original merges patches at the end of a stage and timm at the start of the next. Modules are re-added in
@@ -96,7 +97,7 @@ class SwinTransformer(TimmSwinTransformer):
             repeat = self.mask_cell // self.patch_size
             mask = mask.repeat_interleave(repeat, dim=1).repeat_interleave(repeat, dim=2)
             x = torch.where(mask.unsqueeze(-1), self.masked_embed.to(x.dtype), x)
-        return x
+        return self.pos_drop(x)
 
     @staticmethod
     def _with_mean(x):

@@ -95,7 +95,7 @@ class VisionTransformer(TimmVisionTransformer):
         if mask is not None and self.masked_embed is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.masked_embed.to(x.dtype), x)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        return x + resample_positions(self.pos_embed, height, width)
+        return self.pos_drop(x + resample_positions(self.pos_embed, height, width))
 
     def forward(self, x, mask=None, return_all_tokens=None):
         """Normed tokens [B, 1 + N, D], or the class token [B, D]. Without `mask` nothing is masked."""

@@ -13,6 +13,7 @@ import loader
 import main_ibot
 import models
 import utils
+from models.head import SumOverProcesses
 
 
 def steps(rank, world_size, accum_iter, norm, folder):
@@ -69,6 +70,45 @@ def test_two_processes_equal_one(norm, accum_iter, tmp_path):
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert (one["losses"][0] != one["losses"][2])[:3].all()
+
+
+def sums(rank, world_size, folder):
+    """Process 0 saves a sum over processes and its gradients, computed as it is and traced by torch.compile."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    found = []
+    for compiled in (False, True):
+        x = torch.tensor([1.0, 2.0], dtype=torch.float64).add(rank).requires_grad_()
+
+        def cube(x):
+            return SumOverProcesses.apply(x * x) ** 1.5
+        (torch.compile(cube, backend="aot_eager") if compiled else cube)(x).sum().mul(rank + 1).backward()
+        found.append(x.grad)
+    if rank == 0:
+        torch.save({"grad": torch.stack(found)}, f"{folder}/sums.pth")
+    dist.destroy_process_group()
+
+
+def test_gradient_of_a_sum_over_processes(tmp_path):
+    """Every process's loss depends on it: 1 * s^1.5 + 2 * s^1.5 with s = x0^2 + x1^2."""
+    multiprocessing.start_processes(sums, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    x = torch.tensor([[1.0, 2.0], [2.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    (3 * x.square().sum(dim=0) ** 1.5).sum().backward()
+    for grad in utils.load_checkpoint(tmp_path / "sums.pth")["grad"]:
+        torch.testing.assert_close(grad, x.grad[0], rtol=1e-14, atol=0)
+
+
+def test_processes_on_gpus_name_their_device(monkeypatch):
+    calls = []
+    monkeypatch.setattr(utils, "choose_device", lambda name, local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: calls.append((backend, kwargs)))
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    device = torch.device("cuda", 1)
+    assert utils.init_process().device == device
+    assert calls == [device, ("nccl", {"init_method": "env://", "world_size": 4, "rank": 3, "device_id": device})]
 
 
 @pytest.mark.parametrize("launcher", ["run", "launch"])

@@ -78,6 +78,25 @@ def cars(root, patch):
     return [(10, 2), (20, 0)], [(30, 1), (40, 2)], 3
 
 
+def flowers_of_the_reference(root, patch):
+    expected = flowers(root, patch)
+    for path in (root / "flowers-102").iterdir():
+        path.rename(root / path.name)
+    (root / "flowers-102").rmdir()
+    return expected
+
+
+def cars_of_the_reference(root, patch):
+    """One list with paths, boxes, classes from 1, and whether an image is for tests."""
+    notes = [("car_ims/1.jpg", 10, 3, 0), ("car_ims/2.jpg", 30, 2, 1), ("car_ims/3.jpg", 20, 1, 0), ("car_ims/4.jpg", 40, 3, 1)]
+    for name, value, *_ in notes:
+        picture(root / name, value)
+    names = ("relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test")
+    savemat(root / "cars_annos.mat", {"annotations": np.array([[(name, 1, 2, 3, 4, label, test) for name, _, label, test in notes]],
+                                                              dtype=[(field, object) for field in names])})
+    return [(10, 2), (20, 0)], [(30, 1), (40, 2)], 3
+
+
 def inat(year):
     """The lists of the competition; categories have numbers with gaps."""
     def make(root, patch):
@@ -116,6 +135,7 @@ def imagefolder(root, patch):
 LAYOUTS = {"imagefolder": imagefolder, "cifar10": cifar10, "cifar100": cifar100, "flowers": flowers, "cars": cars,
            "inat2018": inat(2018), "inat2019": inat(2019), "inat2021": inat2021("2021_train"),
            "inat2021_mini": inat2021("2021_train_mini")}
+OLD_LAYOUTS = {"flowers": flowers_of_the_reference, "cars": cars_of_the_reference}
 
 
 @pytest.fixture
@@ -128,9 +148,9 @@ def no_network(monkeypatch):
         monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", refuse)
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-def test_images_and_labels_of_every_data_set(dataset, tmp_path, monkeypatch, no_network):
-    expected = LAYOUTS[dataset](tmp_path, monkeypatch)
+@pytest.mark.parametrize("dataset, layout", [*LAYOUTS.items(), *OLD_LAYOUTS.items()])
+def test_images_and_labels_of_every_data_set(dataset, layout, tmp_path, monkeypatch, no_network):
+    expected = layout(tmp_path, monkeypatch)
     for part, items in zip(image_sets(dataset, tmp_path, keep, keep), expected, strict=False):
         found = [(grey(image), label) for image, label, _ in (part[i] for i in range(len(part)))]
         assert [label for _, label in found] == part.targets.tolist()
@@ -155,6 +175,24 @@ def test_missing_data_are_named_and_nothing_is_fetched(dataset, there, tmp_path,
     if dataset != "imagefolder":
         assert DATASETS[dataset][1] in message and ("--download" in message) == (dataset in DOWNLOADABLE)
     assert not root.exists() or not list(root.iterdir())
+
+
+@pytest.mark.parametrize("dataset, path, content, reason", [
+    ("flowers", "jpg", None, "no jpg/"), ("flowers", "setid.mat", None, "no setid.mat"),
+    ("flowers", "imagelabels.mat", b"MATLAB 5.0", "imagelabels.mat cannot be read"), ("cars", "cars_annos.mat", b"", "cars_annos.mat cannot be read"),
+    ("cars", "cars_annos.mat", {"other": 1}, "annotations"), ("flowers", "imagelabels.mat", {"labels": [1, 2]}, "out of bounds"),
+    ("cars", "cars_annos.mat", {"annotations": [1.0]}, "")])
+def test_wrong_layouts(dataset, path, content, reason, tmp_path, monkeypatch):
+    OLD_LAYOUTS[dataset](tmp_path, monkeypatch)
+    if content is None:
+        (tmp_path / path).rename(tmp_path / "elsewhere")
+    elif isinstance(content, bytes):
+        (tmp_path / path).write_bytes(content)
+    else:
+        savemat(tmp_path / path, content)
+    with pytest.raises(utils.InputError, match=f"{dataset}: cannot be read from .*{reason}.*; expected there: ") as caught:
+        image_sets(dataset, tmp_path)
+    assert "\n" not in str(caught.value) and DATASETS[dataset][1] in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["{", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}'])

@@ -1,5 +1,6 @@
 """Extraction: the written files give timm's own models the features of our backbones; head, keys and bad input."""
 import argparse
+import runpy
 import sys
 from functools import partial
 
@@ -12,6 +13,7 @@ import extract_backbone_weights
 import models
 import utils
 from models.head import iBOTHead
+from tests.conftest import ROOT
 
 TIMM_NAMES = {"vit_tiny": "vit_tiny_patch16_224", "swin_tiny": "swin_tiny_patch4_window7_224"}
 
@@ -117,3 +119,15 @@ def test_bad_input_is_one_line(checkpoints, tmp_path, monkeypatch, arguments, wo
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
     assert not (tmp_path / "a.pth").exists()
+
+
+def test_the_reference_s_script_for_fine_tuning(checkpoints, tmp_path, monkeypatch):
+    """Its file name still works and writes names and tensors without a level above them."""
+    student, _, path = checkpoints["vit_tiny"]
+    script = ROOT / "evaluation/classification_layer_decay/extract_backbone_weights.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(path), str(tmp_path / "flat.pth"), "--checkpoint_key", "student"])
+    runpy.run_path(str(script), run_name="__main__")
+    state = read(tmp_path / "flat.pth")
+    assert state.keys() == student.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in student.state_dict().items())
+    utils.load_backbone(student, utils.backbone_state_dict(state, "model|module", "flat.pth"), "flat.pth")  # fine-tuning reads it

@@ -196,6 +196,20 @@ def test_a_folder_that_cannot_be_written(backbone, small, tmp_path):
         frozen_features(backbone, image_sets("imagefolder", small)[1], ALONE, num_workers=0, dump_to=tmp_path / "file")
 
 
+def test_size_on_disk_is_said_before_the_work(backbone, small, tmp_path, monkeypatch, capsys):
+    """Four blocks of 96 values and the mean patch, and a label, for each image."""
+    val = image_sets("imagefolder", small)[1]
+    settings = {"num_workers": 0, "n_last_blocks": 4, "avgpool_patchtokens": 2, "dump_to": tmp_path / "new" / "kept"}
+    frozen_features(backbone, val, ALONE, **settings)
+    size = len(val) * (5 * 96 * 4 + 8)
+    assert f"features of imagefolder val take {size / 1e6:.1f} MB, " in capsys.readouterr().out
+    [file] = settings["dump_to"].iterdir()
+    assert size < file.stat().st_size < size + 10_000
+    monkeypatch.setattr("shutil.disk_usage", lambda path: argparse.Namespace(free=size - 1))
+    with pytest.raises(utils.InputError, match="--dump_features .*kept: features of imagefolder val take .* MB are free"):
+        frozen_features(backbone, val, ALONE, **settings | {"num_workers": None})  # no loader is made
+
+
 # ---------------------------------------------------------------- whose weights
 
 def dino(model, head):

@@ -34,6 +34,7 @@ from evaluation.common.augment import AugmentedSet, UpdateBatches, drawing_from,
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import epoch_order, eval_transform, image_sets
 from evaluation.common.features import sharded_loader
+from evaluation.common.reference_flags import our_words
 from evaluation.semi_supervised import eval_cls as semi_cls
 from loader import IMAGENET_MEAN, IMAGENET_STD
 from tests.conftest import ROOT, wait_for
@@ -46,7 +47,7 @@ PLAIN = ["--mixup", "0", "--cutmix", "0", "--drop_path", "0"]
 
 
 def parse(*words, script=run_class_finetuning):
-    return script.get_args_parser().parse_args(finetune.our_words([*TINY, *map(str, words)]))
+    return script.get_args_parser().parse_args(our_words([*TINY, *map(str, words)]))
 
 
 def train(*words, script=run_class_finetuning, protocol=None):
@@ -165,6 +166,40 @@ def test_the_reference_s_spellings():
     assert (args.batch_size_per_gpu, args.dataset, args.accum_iter, args.image_size, args.avgpool_patchtokens, args.model_ema,
             args.load_from, args.repeated_aug, args.drop_path) == (8, "cifar100", 2, 64, 1, True, "auto", False, 0.3)
     assert parse("--data-set=Flwrs").dataset == "flowers"
+    args = parse("--finetune", "x.pth", "--finetune=", "--resume", "")  # empty: the reference's defaults
+    assert (args.pretrained_weights, args.load_from) == ("x.pth", None)
+
+
+def test_the_reference_s_flags_that_change_nothing_are_taken():
+    """All of its three scripts' with their defaults; in `args` only those stay that are checked or noted."""
+    words = """--rel_pos_bias --disable_rel_pos_bias --abs_pos_emb --learned_abs_pos_emb --layer_scale_init_value 0.0 --opt adamw
+        --opt_eps 1e-8 --opt_betas 0.9 0.999 --momentum 0.9 --warmup_steps -1 --resplit --model_ema_force_cpu --model_prefix= --no_auto_resume
+        --save_ckpt --start_epoch 0 --dist_eval --pin_mem --no_pin_mem --world_size 8 --sched cosine --lr-noise-pct 0.67 --lr-noise-std 1.0
+        --decay-epochs 30 --decay-rate 0.1 --cooldown-epochs 10 --patience-epochs=10 --teacher-model regnety_160 --teacher-path=
+        --distillation-type none --distillation-alpha 0.5 --distillation-tau 1.0 --disable_weight_decay_on_bias_norm --inat-category name
+        --distill_epochs 150 --disable_weight_decay_on_cls_pos --disable_weight_decay_on_rel_pos_bias --imagenet_default_mean_and_std""".split()
+    assert vars(parse(*words[1:])) == vars(parse())
+    assert parse("--nb_classes", 10, "--log_dir", "x", "--enable_deepspeed", "--out_dim", 64, "--momentum", 0.8).log_dir == "x"
+
+
+@pytest.mark.parametrize("words, advice", [
+    (["--opt", "sgd"], "--opt sgd: there is AdamW alone"), (["--opt-betas", "0.9", "0.95"], "--opt_betas 0.9 0.95: AdamW has"),
+    (["--layer_scale_init_value=0.1"], "--layer_scale_init_value 0.1: these networks"), (["--rel_pos_bias"], "--rel_pos_bias: these"),
+    (["--warmup_steps", "500"], "--warmup_steps 500: give --warmup_epochs"), (["--no_save_ckpt"], "--no_save_ckpt: checkpoint.pth"),
+    (["--eval_data_path", "x"], "--eval_data_path x: put"), (["--sched", "step"], "--sched step: .*--schedule"),
+    (["--start_epoch", "3"], "--start_epoch 3: --load_from"), (["--distillation-type", "hard"], "--distillation_type hard: "),
+    (["--model_prefix", "encoder."], "--model_prefix encoder.: prefixes")])
+def test_the_reference_s_flags_that_would_change_something_are_named(words, advice):
+    with pytest.raises(utils.InputError, match=advice) as caught:
+        parse(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_ignored_flags_get_a_note(digits, tmp_path, capsys):
+    with pytest.raises(utils.InputError, match="nowhere"):
+        train("--data_path", digits / "nowhere", "--output_dir", tmp_path, "--enable_deepspeed", "--log_dir", "mine")
+    out = capsys.readouterr().out
+    assert "note: --enable_deepspeed is ignored: precision is --amp_dtype's" in out and "note: --log_dir mine is ignored" in out
 
 
 # ---------------------------------------------------------------- the network
@@ -198,6 +233,13 @@ def test_drop_path_is_linear_over_depth():
     blocks = [block for stage in swin.layers for block in stage.blocks]
     np.testing.assert_allclose([block.drop_path2.drop_prob for block in blocks], 0.22 * np.arange(12) / 11)
     assert all(b.attn.attn_drop.p == 0.2 and b.attn.proj_drop.p == b.mlp.drop1.p == b.mlp.drop2.p == 0.1 for b in blocks)
+    # Dropout on embedded tokens too, as in timm, in training alone.
+    for network, image in ((swin, torch.randn(1, 3, 224, 224)), (nano(drop=0.1).backbone, torch.randn(1, 3, 32, 32))):
+        whole = network.eval().prepare_tokens(image)
+        dropped = network.train().prepare_tokens(image)
+        lost = dropped == 0
+        assert 0.05 < lost.float().mean() < 0.15
+        torch.testing.assert_close(dropped[~lost], whole[~lost] / 0.9)
     own = models.swin_tiny(drop_path_rate=0.1)
     classifier.set_dropout(own, None, 0.0, 0.0)
     assert own.layers[3].blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
@@ -571,7 +613,7 @@ def test_two_processes_equal_one(tmp_path):
 def start(*words, processes=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     words = [sys.executable, *launcher, "evaluation/classification_layer_decay/run_class_finetuning.py",
-             *finetune.our_words([*TINY, *map(str, words)])]
+             *our_words([*TINY, *map(str, words)])]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()) if processes == 1 else "1"})
 
@@ -656,7 +698,7 @@ def test_records_hold_what_sets_results_apart(whole):
     (record,) = json.loads((whole / "results.json").read_text())
     elsewhere = {"pretrained_weights", "checkpoint_key", "batch_size_per_gpu", "accum_iter"}  # weights_hash, key, total_batch
     neutral = utils.FREE_FLAGS | {"results_dir", "download", "eval", "save_ckpt_freq", "on_nonfinite", "use_fp16", "amp_dtype",
-                                  "model_ema", "model_ema_decay", "enable_deepspeed"}
+                                  "model_ema", "model_ema_decay", "enable_deepspeed", "log_dir", "nb_classes", "out_dim"}
     assert not vars(parse()).keys() - record["settings"].keys() - elsewhere - neutral
 
 
@@ -807,7 +849,7 @@ def test_transfer_and_few_labels(pretrained, digits, tmp_path):
 # ---------------------------------------------------------------- errors
 
 @pytest.mark.parametrize("words, message", [
-    (["--enable_deepspeed"], "--enable_deepspeed: .*--accum_iter.*bfloat16"),
+    (["--nb_classes", "1000"], "--nb_classes 1000: imagefolder train has 10 classes"),
     (["--lr", "1e-3,x"], "--lr 1e-3,x: expected a number"),
     (["--lr", "1e-3,1e-3"], "--lr .*twice"),
     (["--lr", "0"], "--lr 0: rates must be above 0"),
@@ -837,6 +879,7 @@ def test_bad_input_is_refused_in_one_line(words, message, digits, tmp_path):
     (["--checkpoint_key", "techer"], "key 'techer' is not in the file; keys: teacher, student"),
     (["--arch", "vit_small"], "checkpoint.pth.*vit_small"),
     (["--finetune_head_layer", "3", "--arch", "vit_tiny"], "checkpoint.pth"),
+    (["--finetune_head_layer", "3", "--out_dim", "8192"], "--out_dim 8192: the projection head of teacher has "),
     (["--finetune_head_layer", "1", "--checkpoint_key", "bare"], "holds no projection head .*; --finetune_head_layer 0 needs none")])
 def test_weights_that_do_not_fit_are_refused(words, message, pretrained, digits, tmp_path):
     content = utils.load_checkpoint(pretrained)
@@ -865,7 +908,7 @@ def test_tasks_of_run_sh_have_flags_that_there_are(tmp_path):
             words = shlex.split(line)
             script = {"run_class_finetuning.py": run_class_finetuning}.get(os.path.basename(words[1]),
                                                                            semi_cls if "semi" in words[1] else eval_cls)
-            args = script.get_args_parser().parse_args(finetune.our_words(words[2:]))
+            args = script.get_args_parser().parse_args(our_words(words[2:]))
             assert finetune.check_args(args) and args.arch == arch and args.load_from == "auto"
             if script is run_class_finetuning:  # on 8 GPUs the published batch
                 assert 8 * args.batch_size_per_gpu * args.accum_iter == 1024

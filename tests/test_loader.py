@@ -3,6 +3,7 @@ import pickle
 import random
 import traceback
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -729,6 +730,37 @@ def test_device_batches(folder, workers, photometry):
         assert batch.global_crops.dtype == batch.local_crops.dtype == torch.float32 and batch.photometry is None
         assert len(batch.mask_index) % 64 == 0
     assert len(seen) == 2 and equal(seen, expected)
+
+
+def test_a_batch_is_handed_on_before_the_next_one_is_waited_for(monkeypatch):
+    """On a GPU, stood in for: a loader that is behind must not hold up work that the device could begin with."""
+    class OnDevice:
+        def to(self, device, non_blocking):
+            events.append("copied")
+            return self
+
+        def record_stream(self, stream):
+            events.append("recorded")
+
+    class Stream:
+        def __init__(self, device):
+            pass
+
+        def wait_stream(self, other):
+            events.append("waited for the copy")
+
+    def loaded():
+        for i in range(2):
+            events.append(f"loaded {i}")
+            yield loader.Batch(*[None] * (len(loader.Batch._fields) - 1), OnDevice())
+    events = []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(loader, "finish_batch", lambda batch, photometry: batch)
+    for i, _ in enumerate(loader.device_batches(loaded(), torch.device("cuda"))):
+        events.append(f"computed {i}")
+    assert events == [event for i in range(2) for event in (f"loaded {i}", "copied", "waited for the copy", "recorded", f"computed {i}")]
 
 
 def test_batches_of_other_transforms_and_without_local_crops_are_finished(folder):

@@ -1,7 +1,10 @@
 """Pre-training from the command line: it runs, resumes, writes what it should, and refuses what it cannot use."""
 import argparse
 import copy
+import gc
 import json
+import shutil
+import sysconfig
 import zipfile
 
 import numpy as np
@@ -9,6 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import loader
 import main_ibot
@@ -412,3 +418,120 @@ def test_overwrite_starts_over(digits, tmp_path):
     train(*flags, "--epochs", 1, "--overwrite", "true")
     assert len(log(tmp_path)) == 1 and not (tmp_path / "checkpoint0001.pth").exists()
     assert all((tmp_path / name).read_text() == "keep me" for name in ("notes.md", "checkpoint_teacher.pth"))
+
+
+# ---------------------------------------------------------------- speed and the machine
+
+@pytest.mark.parametrize("flags", [
+    [], ["--patch_centering", "false", "--local_crops_number", "0"], ["--lambda2", "0", "--norm_in_head", "bn"],
+    ["--arch", "swin_tiny", "--global_crops_size", "64", "--local_crops_size", "32", "--local_crops_number", "1"]])
+def test_operations_are_those_of_a_step(flags):
+    """Against a real step on the CPU; attention is counted in products, as fused kernels are not by every torch."""
+    args = parse("--pred_ratio", "0.25", "--batch_size_per_gpu", "4", "--drop_path", "0", *flags)
+    student, teacher = main_ibot.build_networks(args)
+    G, B, size, L = 2, 2, args.global_crops_size, args.local_crops_number
+    cells = size // models.mask_cell(args.arch, args.patch_size)
+    masks = torch.arange(cells ** 2).view(cells, cells) < cells ** 2 // 4
+    local = torch.randn(L, B, 3, args.local_crops_size, args.local_crops_size) if L else None
+    masked = G * B * cells ** 2 // 4
+    batch = loader.Batch(torch.randn(G, B, 3, size, size), local, torch.zeros(B), masks.expand(G, B, -1, -1),
+                         torch.arange(masked), torch.full((masked,), 1 / masked))
+    ibot_loss = main_ibot.iBOTLoss(64, 64, [0.04], [0.04], lambda2=args.lambda2, patch_centering=args.patch_centering)
+    optimizer = main_ibot.build_optimizer("adamw", utils.get_params_groups(student), torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None, 0, lr=0.1,
+                             weight_decay=0.0, momentum=0.9, clip_grad=3.0, freeze_last_layer=False)
+    assert main_ibot.flops_per_image(args) == pytest.approx(counter.get_total_flops() / B, rel=0.001)
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("Tesla V100-SXM2-16GB", 125), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA L4", 121),
+    ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("Tesla T4", 65), ("NVIDIA B200", 2250), ("NVIDIA A10G", None), ("NVIDIA L40", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("Graphics Device", None)])
+def test_peaks_by_the_device_s_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert utils.peak_flops(torch.device("cuda"), torch.bfloat16) == (peak and peak * 1e12)
+    assert utils.peak_flops(torch.device("cuda"), None) is utils.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_a_run_says_how_much_of_the_device_it_uses_and_collects_by_hand(digits, tmp_path, capsys, monkeypatch):
+    seen, device_batches, before = [], loader.device_batches, gc.get_freeze_count()
+
+    def watched(*args):
+        for batch in device_batches(*args):
+            seen.append((gc.isenabled(), gc.get_freeze_count() > before))
+            yield batch
+    monkeypatch.setattr(loader, "device_batches", watched)
+    monkeypatch.setattr(utils, "peak_flops", lambda device, dtype: 1e12)
+    flags = ["--data_path", digits / "train", "--epochs", 1]
+    train(*flags, "--output_dir", tmp_path / "a")
+    assert "images/s  mfu " in capsys.readouterr().out and seen == [(False, True)] * 7
+    events = EventAccumulator(str(tmp_path / "a/tf_logs"))
+    events.Reload()
+    speeds, shares = ([event.value for event in events.Scalars(f"step/{name}")] for name in ("images_per_second", "mfu"))
+    per_image = main_ibot.flops_per_image(parse())
+    assert len(shares) == 3 and shares == pytest.approx([speed * per_image / 1e12 for speed in speeds], rel=1e-5)
+    monkeypatch.setattr(main_ibot, "train_one_epoch", lambda *args: {}["stop"])
+    monkeypatch.setattr(utils, "peak_flops", lambda device, dtype: None)
+    with pytest.raises(KeyError):
+        train(*flags, "--output_dir", tmp_path / "b")
+    assert gc.isenabled() and gc.get_freeze_count() == before
+
+
+def test_loader_processes_collect_by_themselves():
+    class Asked:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return gc.isenabled()
+    with utils.collecting_by_hand():
+        assert list(DataLoader(Asked(), batch_size=None, num_workers=1, worker_init_fn=utils.ignore_signals)) == [True, True]
+
+
+def test_a_swin_masked_from_the_start_gets_a_note(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(main_ibot, "train_one_epoch", lambda *args: {}["stop"])
+    for epoch, noted in ((0, True), (1, False)):
+        with pytest.raises(KeyError):
+            train("--data_path", digits / "train", "--output_dir", tmp_path, "--overwrite", "true", "--arch", "swin_tiny",
+                  "--patch_size", 4, "--pred_start_epoch", epoch)
+        assert ("--pred_start_epoch 50" in capsys.readouterr().out) == noted
+
+
+def test_what_compiling_needs_is_checked_before_the_run(digits, tmp_path, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *words: str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "Python.h").touch()
+    found = ["g++", "clang++"]
+    utils.check_compiler(cpu)
+    with pytest.raises(utils.InputError, match="7.0 or newer, Tesla P100 has 6.0; --compile false"):
+        utils.check_compiler(cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(utils.InputError, match="a C compiler, and there is no gcc or clang here .CC names"):
+        utils.check_compiler(cuda)
+    monkeypatch.setenv("CC", "ccache mine")
+    found = ["ccache"]
+    utils.check_compiler(cuda)
+    with pytest.raises(utils.InputError, match="--compile needs a C.. compiler.*; --compile false does without"):
+        train("--data_path", digits / "train", "--output_dir", tmp_path / "out", "--compile", "true")
+    (tmp_path / "Python.h").unlink()
+    with pytest.raises(utils.InputError, match="Python's headers.*Python.h"):
+        utils.check_compiler(cuda)
+    assert not (tmp_path / "out").exists()
+
+
+def test_products_are_quick_on_a_gpu_alone():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    try:
+        assert utils.use_fast_products(torch.device("cpu")) == "float32" and torch.get_float32_matmul_precision() == before[0]
+        assert utils.use_fast_products(torch.device("cuda")) == "TF32" and torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -114,8 +114,9 @@ def test_evaluations_after_pretraining(repository, arch, blocks, pooling):
     pretrain, *evaluations = commands(repository, "+".join(["imagenet_pretrain", *SCRIPTS]), "job", arch, "teacher", 1,
                                       "--epochs", "3", "--overwrite", "true")
     assert pretrain[-4:] == ["--epochs", "3", "--overwrite", "true"]
-    assert [command[1] for command in evaluations] == [f"evaluation/{script}" for script in SCRIPTS.values()]
-    for kind, command in zip(SCRIPTS, evaluations, strict=True):
+    kinds = [kind for kind in SCRIPTS if kind != "imagenet_linear_solo"]  # of the two probes the sweep, once
+    assert [command[1] for command in evaluations] == [f"evaluation/{SCRIPTS[kind]}" for kind in kinds]
+    for kind, command in zip(kinds, evaluations, strict=True):
         words = ["--pretrained_weights", "work_dirs/job/checkpoint.pth", "--checkpoint_key", "teacher", "--data_path",
                  "data/imagenet", "--arch", arch]
         keeps = ["--dump_features", "work_dirs/job/features", "--load_features", "work_dirs/job/features"]
@@ -125,6 +126,15 @@ def test_evaluations_after_pretraining(repository, arch, blocks, pooling):
         else:
             words += ["--output_dir", "work_dirs/job", *(["--avgpool_patchtokens", "0"] if "unsup" not in kind else []), *keeps]
         assert command[2:] == words
+
+
+def test_one_rate_after_pretraining_is_the_sweep(repository):
+    """As in the reference, where that TYPE also holds the other's name: there is no rate to run it at."""
+    one, sweep = (commands(repository, f"{kind}+imagenet_pretrain", "job", "vit_small", "teacher", 1, "--lr", "0.001")
+                  for kind in ("imagenet_linear_solo", "imagenet_linear"))
+    assert one == sweep and one[1][1] == "evaluation/eval_linear_multi.py" and "--lr" not in one[1]
+    [alone] = commands(repository, "imagenet_linear_solo", "job", "vit_small", "teacher", 1, "--lr", "0.003")
+    assert alone[1] == "evaluation/eval_linear.py" and flag(alone, "--lr") == "0.003"
 
 
 def test_part_wise_probing(repository):

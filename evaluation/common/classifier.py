@@ -74,6 +74,10 @@ def build_network(args, key, checkpoint, num_classes):
     if args.finetune_head_layer:
         projection = load_projection_head(checkpoint, key, args.pretrained_weights,
                                           hint="; --finetune_head_layer 0 needs none").train().requires_grad_(True)
+        outputs = len(projection.last_layer.weight_v)
+        if args.finetune_head_layer == 3 and args.out_dim not in (None, outputs):
+            raise utils.InputError(f"--out_dim {args.out_dim}: the projection head of {key} has {outputs} outputs; leave "
+                                   "the flag out")
         head = ProjectionClassifier(projection, args.finetune_head_layer, num_classes)
         new = head.fc
     else:
@@ -112,6 +116,7 @@ def set_dropout(backbone, drop_path, drop, attn_drop):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
         block.attn.attn_drop.p = attn_drop
         block.attn.proj_drop.p = block.mlp.drop1.p = block.mlp.drop2.p = drop
+    backbone.pos_drop.p = drop
 
 
 # ---------------------------------------------------------------- groups of parameters

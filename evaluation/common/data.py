@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torchvision.datasets
 from PIL import Image
+from scipy.io import loadmat
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -23,8 +24,9 @@ DATASETS = {
     "imagefolder": ("data/imagenet", "train/CLASS/IMAGE and val/CLASS/IMAGE"),
     "cifar10": ("data/cifar", "cifar-10-batches-py/"),
     "cifar100": ("data/cifar", "cifar-100-python/"),
-    "flowers": ("data/flwrs", "flowers-102/ with jpg/, imagelabels.mat and setid.mat"),
-    "cars": ("data/cars", "stanford_cars/ with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"),
+    "flowers": ("data/flwrs", "jpg/, imagelabels.mat and setid.mat, there or in flowers-102/"),
+    "cars": ("data/cars", "cars_annos.mat and the images that it names, or stanford_cars/ with devkit/, cars_train/, "
+                          "cars_test/ and cars_test_annos_withlabels.mat"),
     "inat2018": ("data/inat/2018", "train2018.json, val2018.json and train_val2018/"),
     "inat2019": ("data/inat/2019", "train2019.json, val2019.json and train_val2019/"),
     "inat2021": ("data/inat", "2021_train/ and 2021_valid/"),
@@ -145,7 +147,7 @@ def image_sets(dataset, data_path=None, train_transform=None, val_transform=None
         parts = _SOURCES[dataset](dataset, root, download)
     except utils.InputError:
         raise
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError) as error:
         raise utils.InputError(_missing(dataset, root, str(error).partition(". ")[0])) from error
     train, val = (ImageSet(f"{dataset} {name}", root, *part, transform) for name, part, transform
                   in zip(("train", "val"), parts, (train_transform, val_transform), strict=True))
@@ -206,15 +208,41 @@ def _from_cifar(dataset, root, download):
 
 
 def _from_flowers(dataset, root, download):
-    train, val, test = (_paths(torchvision.datasets.Flowers102(root, split, loader=str, download=download))
-                        for split in ("train", "val", "test"))
+    """As torchvision keeps them, in flowers-102/, or as the reference does, without that folder."""
+    if download:
+        torchvision.datasets.Flowers102(root, download=True)
+    base = root / "flowers-102" if (root / "flowers-102").is_dir() else root
+    labels, ids = read_mat(base / "imagelabels.mat")["labels"], read_mat(base / "setid.mat")
+    if not (base / "jpg").is_dir():
+        raise FileNotFoundError("no jpg/")
+    # Images and labels are numbered from 1.
+    train, val, test = ([(str(base / "jpg" / f"image_{number:05d}.jpg"), int(labels[number - 1]) - 1)
+                         for number in np.atleast_1d(ids[name])] for name in ("trnid", "valid", "tstid"))
     classes = [str(label) for label in range(102)]
     return [(samples, [label for _, label in samples], classes) for samples in (sorted(train + val), test)]
 
 
 def _from_cars(dataset, root, download):
-    parts = [torchvision.datasets.StanfordCars(root, split, loader=str) for split in ("train", "test")]
-    return [(samples, [label for _, label in samples], parts[0].classes) for samples in map(_paths, parts)]
+    """As torchvision keeps them, in stanford_cars/, or as the reference does, with one list of all images."""
+    if (root / "stanford_cars").is_dir() or not (root / "cars_annos.mat").exists():
+        parts = [torchvision.datasets.StanfordCars(root, split, loader=str) for split in ("train", "test")]
+        return [(samples, [label for _, label in samples], parts[0].classes) for samples in map(_paths, parts)]
+    # A record: path, four sides of a box, class from 1, whether the image is for tests.
+    notes = [(str(root / str(note[0])), int(note[5]) - 1, bool(note[6]))
+             for note in np.atleast_1d(read_mat(root / "cars_annos.mat")["annotations"])]
+    classes = [str(label) for label in range(max(label for _, label, _ in notes) + 1)]
+    parts = ([(path, label) for path, label, is_test in notes if is_test == wanted] for wanted in (False, True))
+    return [(samples, [label for _, label in samples], classes) for samples in parts]
+
+
+def read_mat(path):
+    """Variables of a MATLAB file by name. Raises ValueError, naming the file, when it is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name}")
+    try:
+        return loadmat(path, squeeze_me=True)
+    except Exception as error:  # a damaged file can make the reader raise anything
+        raise ValueError(f"{path.name} cannot be read: {type(error).__name__}") from error
 
 
 def _paths(dataset):

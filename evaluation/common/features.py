@@ -3,6 +3,7 @@
 Letters: B images of a batch, N patch tokens, D width, F feature size, n images of the data set, W processes.
 """
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -126,6 +127,9 @@ def frozen_features(backbone, images, process, n_last_blocks=1, avgpool_patchtok
     if found:
         return kept if main else (None, None)
 
+    if main and dump_to:
+        values = len(images) * feature_dim(backbone.model, n_last_blocks, avgpool_patchtokens)
+        _say_size(4 * values + 8 * len(images), images.name, dump_to)
     model = backbone.model.to(process.device)
     loader = sharded_loader(images.with_transform(eval_transform(backbone.image_size)), batch_size, num_workers, process)
     features, labels = extract_features(lambda batch: pool_features(model, batch, n_last_blocks, avgpool_patchtokens),
@@ -138,6 +142,16 @@ def frozen_features(backbone, images, process, n_last_blocks=1, avgpool_patchtok
         except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
             raise utils.InputError(f"--dump_features {path}: cannot be written ({error})") from error
     return features, labels
+
+
+def _say_size(size, name, folder):
+    """Print how many bytes the features will take. Raises InputError when the disk has not as many."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    what = f"features of {name} take {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+    if size > free:
+        raise utils.InputError(f"--dump_features {folder}: {what}")
+    print(f"{what} in {folder}", flush=True)
 
 
 def _load_features(path, key):

@@ -55,35 +55,8 @@ class Protocol:
 
 # ---------------------------------------------------------------- flags
 
-# The reference's names of flags (hyphens count as underscores), and words for what is always so or set otherwise here.
-RENAMED = {"batch_size": "batch_size_per_gpu", "data_set": "dataset", "finetune": "pretrained_weights",
-           "input_size": "image_size", "model": "arch", "model_key": "checkpoint_key", "resume": "load_from",
-           "update_freq": "accum_iter"}
-SWITCHES = {"auto_resume": ["--load_from", "auto"], "no_auto_resume": [], "no_model_ema": ["--model_ema", "false"],
-            "no_repeated_aug": ["--repeated_aug", "false"], "use_cls": ["--avgpool_patchtokens", "0"],
-            "use_mean_pooling": ["--avgpool_patchtokens", "1"], "abs_pos_emb": [], "disable_rel_pos_bias": [],
-            "dist_eval": [], "imagenet_default_mean_and_std": [], "pin_mem": []}
-DATA_WORDS = {"CIFAR": "cifar100", "CIFAR10": "cifar10", "Cars": "cars", "Flwrs": "flowers", "IMNET": "imagefolder",
-              "INAT": "inat2018", "INAT19": "inat2019", "image_folder": "imagefolder"}
-
-
-def our_words(words):
-    """A command line with the reference's names of flags and data sets -> the same with those of `finetune_parser`."""
-    out = []
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            renamed = RENAMED.get(name, name)
-            value = DATA_WORDS.get(value, value) if renamed == "dataset" else value
-            out += SWITCHES.get(name, [f"--{renamed}{equals}{value}"])
-        else:
-            out.append(DATA_WORDS.get(word, word) if out and out[-1] == "--dataset" else word)
-    return out
-
-
 def finetune_parser(description):
-    """All flags, with the defaults of fine-tuning on ImageNet; see `our_words` for other spellings."""
+    """All flags, with the defaults of fine-tuning on ImageNet; see `reference_flags.our_words` for other spellings."""
     parser = evaluation_parser(description, frozen=False)
     parser.set_defaults(output_dir=".", n_last_blocks=1)  # a constant, recorded beside the pooling
     switch = {"type": utils.bool_flag, "nargs": "?", "const": True}
@@ -126,8 +99,6 @@ def finetune_parser(description):
     optim.add_argument("--use_fp16", default=True, help="mixed precision", **switch)
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
                        help="auto: bfloat16 where the hardware has it, else float16 with a gradient scaler on CUDA")
-    optim.add_argument("--enable_deepspeed", action="store_true", help="refused: batches add up by --accum_iter, and "
-                                                                       "bfloat16 needs no loss scale")
 
     augment = parser.add_argument_group("augmentation of training images")
     augment.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of a policy, or none",
@@ -174,6 +145,14 @@ def finetune_parser(description):
                        help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
     files.add_argument("--print_freq", type=int_from(1), default=10, help="steps between log lines")
     files.add_argument("--seed", type=int_from(0), default=0)
+
+    old = parser.add_argument_group("for command lines of the reference")
+    old.add_argument("--enable_deepspeed", action="store_true",
+                     help="ignored: batches add up by --accum_iter, and bfloat16 needs no loss scale")
+    old.add_argument("--log_dir", help="ignored: TensorBoard's events go to tf_logs/ in the output folder")
+    old.add_argument("--nb_classes", type=int_from(0), default=0, help="number of classes that there must be; 0: any")
+    old.add_argument("--out_dim", type=int_from(1),
+                     help="outputs that the projection head must have with --finetune_head_layer 3")
     return parser
 
 
@@ -192,8 +171,6 @@ def check_args(args):
         if not condition:
             raise utils.InputError(message)
 
-    need(not args.enable_deepspeed, "--enable_deepspeed: DeepSpeed is not used here, batches add up by --accum_iter and "
-                                    "--amp_dtype bfloat16 needs no loss scale; leave the flag out")
     try:
         rates = [float(part) for part in args.lr.split(",")]
     except ValueError:
@@ -435,7 +412,8 @@ def notes_of_resume(path, checkpoint, args, now):
         raise OtherTask(f"checkpoint {path}: its run began with other weights than {args.pretrained_weights}; {advice}")
     task = {"dataset", "train_subset", "subset_seed", "finetune_head_layer", "avgpool_patchtokens"}
     free = utils.FREE_FLAGS | {"results_dir", "save_ckpt_freq", "on_nonfinite", "eval", "download", "arch", "patch_size",
-                               "window_size", "pretrained_weights", "data_path"}
+                               "window_size", "pretrained_weights", "data_path", "enable_deepspeed", "log_dir",
+                               "nb_classes", "out_dim"}
     changed = utils.changed_flags(vars(args), checkpoint, free)
     for name in changed:
         if name in task or checkpoint["epoch"] >= args.epochs:
@@ -534,6 +512,10 @@ def finetune(args, protocol):
 def run_all(args, protocol, rates, signals, at_end):
     process = start_process(args)
     main = process.rank == 0
+    if main and args.enable_deepspeed:
+        print("note: --enable_deepspeed is ignored: precision is --amp_dtype's, and batches add up by --accum_iter")
+    if main and args.log_dir:
+        print(f"note: --log_dir {args.log_dir} is ignored: TensorBoard's events go to tf_logs/ in the output folder")
     keys = checkpoint_keys(args.pretrained_weights, args.checkpoint_key)
     runs = {(key, rate): Path(args.output_dir) / (key if len(keys) > 1 else "") / (
         f"lr_{rate:g}" if len(rates) > 1 else "") for key in keys for rate in rates}
@@ -550,6 +532,9 @@ def run_all(args, protocol, rates, signals, at_end):
     read_results(results_folder(args))  # a damaged one, or a wrong key, is not found hours later
     checkpoint = read_weights(args.pretrained_weights)
     sets = read_sets(args)
+    if args.nb_classes not in (0, len(sets[0].classes)):
+        raise utils.InputError(f"--nb_classes {args.nb_classes}: {sets[0].name} has {len(sets[0].classes)} classes; leave "
+                               "the flag out")
     for key in keys:
         build_network(args, key, checkpoint, len(sets[0].classes))
     if process.world_size > 1:

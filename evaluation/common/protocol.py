@@ -8,10 +8,11 @@ from evaluation.common.results import read_results, results_folder
 
 
 def start_process(args):
-    """Join the other processes and print what is run; returns the `utils.Process`."""
+    """Join the other processes and print what is run; returns the `utils.Process`. On CUDA: `utils.use_fast_products`."""
     process = utils.init_process(args.device, args.dist_url)
+    products = utils.use_fast_products(process.device)
     if process.rank == 0:
-        print(utils.describe_run(args, process), flush=True)
+        print(f"{utils.describe_run(args, process)}\nproducts of float32: {products}", flush=True)
     return process
 
 
