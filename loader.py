@@ -12,6 +12,7 @@ import stat
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import (
     InputError,
+    default_workers,
     get_world_size,
     host_reduce,
     is_main_process,
@@ -66,6 +68,23 @@ def normalize(images, stats=IMAGENET):
     """
     mean, std = _mean_std(images.device, 255 if images.dtype == torch.uint8 else 1, stats)
     return (images.float() - mean) / std
+
+
+def check_pixel_stats(stats, mean="--mean", std="--std"):
+    """Raise `InputError`, calling the two what is said, unless they are three numbers each that can be."""
+    for name, values, lowest in ((mean, stats.mean, 0), (std, stats.std, 1e-4)):
+        if not (isinstance(values, (list, tuple)) and len(values) == 3
+                and all(type(v) in (int, float) and lowest <= v <= 1 for v in values)):
+            raise InputError(f"{name} takes three numbers, of red, green and blue, in {lowest:g}..1")
+
+
+def stored_pixel_stats(stored, path):
+    """`PixelStats` of the arguments that the checkpoint `path` holds (a dictionary); ImageNet's where they say nothing."""
+    stats = PixelStats(*(stored.get(name) for name in PixelStats._fields))
+    if stats == (None, None):
+        return IMAGENET
+    check_pixel_stats(stats, *(f"checkpoint {path}: its {name}" for name in PixelStats._fields))
+    return PixelStats(*map(tuple, stats))
 
 
 def denormalize(images, stats=IMAGENET):
@@ -354,6 +373,38 @@ class ImageFolderInstance(CheckedImageFolder):
         return image, label, index
 
 
+def folder_stats(dataset, device, count=1000):
+    """`PixelStats` of `count` images (or all) of an image folder, evenly spread over it, each counting the same.
+
+    Process 0 looks at them and tells the others. Raises `InputError` when they have but one value, or none can be read.
+    """
+    def histogram(index):
+        try:
+            image = dataset.loader(dataset.samples[index][0])
+        except BadImage:
+            return None
+        return np.array(image.histogram()).reshape(3, 256) / (image.width * image.height)
+
+    values = torch.full((2, 3), math.nan)
+    if is_main_process():
+        places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
+        with ThreadPoolExecutor(default_workers()) as pool:
+            found = [shares for shares in pool.map(histogram, places) if shares is not None]
+        if found:
+            shares, levels = np.mean(found, axis=0), np.arange(256) / 255  # [3, 256], [256]
+            mean = shares @ levels
+            std = ((shares * (levels - mean[:, None]) ** 2).sum(axis=1)) ** 0.5
+            values = torch.from_numpy(np.stack((mean, std))).float()
+    if get_world_size() > 1:
+        values = values.to(device)
+        torch.distributed.broadcast(values, 0)
+    stats = PixelStats(*(tuple(round(v, 4) for v in row) for row in values.tolist()))
+    if not all(std > 0 for std in stats.std):
+        raise InputError(f"--pixel_stats auto: the images of {dataset.root} have no spread, or none can be read; give "
+                         "--mean and --std")
+    return stats
+
+
 # ---------------------------------------------------------------- masks
 
 def draw_ratio(ratios, variances, rng):
@@ -499,10 +550,10 @@ class ImageFolderMask(CheckedImageFolder):
 # ---------------------------------------------------------------- augmentation
 
 class Augment(NamedTuple):
-    """What is done to crops: probabilities, where there are three for the first global crop, other global crops, local ones.
+    """What is done to crops: probabilities; of three, for the first global crop, other global crops and local crops.
 
     rotate90: of a turn by 0, 90, 180 or 270 degrees, each as likely. color_jitter: a probability, then the largest changes
-    of brightness, contrast, saturation (factors of 1 minus to 1 plus that) and hue (in turns). The values are the reference's.
+    of brightness, contrast, saturation (factors of 1 minus to 1 plus that) and hue (in turns). These are the reference's.
     """
     hflip: float = 0.5
     vflip: float = 0.0
@@ -527,7 +578,7 @@ def check_augment(augment):
     for name, value, like in zip(Augment._fields, augment, Augment(), strict=True):
         values, count = (value, len(like)) if isinstance(like, tuple) else ((value,), 1)
         if len(values) != count:
-            what = "P B C S H" if name == "color_jitter" else "a probability for the first global, other global, local crops"
+            what = "P B C S H" if name == "color_jitter" else "for the first global, other global and local crops"
             raise InputError(f"--{name} takes {count} numbers ({what}), not {len(values)}")
         if not all(0 <= v <= 1 for v in values):
             raise InputError(f"--{name} must lie in 0..1: {' '.join(map(str, values))}")
@@ -703,8 +754,8 @@ def apply_photometry(crops, rows):
 class MultiCropAugmentation:
     """PIL RGB image -> list of uint8 [3, S, S] crops: the first global crop, the other global ones, the local ones.
 
-    Scales are area ranges relative to the image, sizes are pixels; `augment` is an `Augment`, by default the reference's. All
-    draws come from torch's CPU generator. With photometry="device" the crops are only cut and turned, and a call gives
+    Scales are area ranges relative to the image, sizes are pixels; `augment` is an `Augment`, by default the reference's.
+    All draws come from torch's CPU generator. With photometry="device" the crops are only cut and turned, and a call gives
     (crops, rows): float32 [G + L, 13] for `apply_photometry` to finish the crops on the training device.
     """
 

@@ -758,6 +758,15 @@ def load_scaler(scaler, state_dict, path):
     scaler.load_state_dict({**scaler.state_dict(), "scale": float(scale), "_growth_tracker": grown})
 
 
+def stored_args(checkpoint, path):
+    """The arguments that a checkpoint holds, as a dictionary, empty where it has none. Raises InputError for what is none."""
+    stored = checkpoint.get("args", {})
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    if not isinstance(stored, dict):
+        raise InputError(f"checkpoint {path}: its args are a {type(stored).__name__}")
+    return stored
+
+
 def load_pretraining(path):
     """`load_checkpoint` for a file to resume from. Raises InputError when an entry is missing or of another kind."""
     checkpoint = load_checkpoint(path)
@@ -767,8 +776,7 @@ def load_pretraining(path):
         raise InputError(f"checkpoint {path} is no pre-training checkpoint: it lacks {', '.join(missing)}")
     if isinstance(checkpoint["epoch"], bool) or not 0 <= checkpoint["epoch"] < 2**31:
         raise InputError(f"checkpoint {path}: its epoch is {printable(checkpoint['epoch'])}")
-    if not isinstance(checkpoint.get("args", {}), (argparse.Namespace, dict)):
-        raise InputError(f"checkpoint {path}: its args are a {type(checkpoint['args']).__name__}")
+    stored_args(checkpoint, path)
     return checkpoint
 
 

@@ -150,10 +150,10 @@ class PlainFolder(Dataset):
 def crop_moments(preset, images, count, sizes=(224, 96), seed=0):
     """Moments of single crops of both paths with a preset of the augmentation.
 
-    `count` samples of 2 global and 2 local crops of `sizes` pixels are made of PIL `images` in turn, by each path from draws
-    of its own. Returns {kind of crop: (device, worker)}, float32 [count, 14] each: mean and spread of the channels, mean
-    difference of neighbours to the right and downwards, whether grey, whether dark throughout, difference between the halves
-    left and right, top and bottom.
+    `count` samples of 2 global and 2 local crops of `sizes` pixels are made of PIL `images` in turn, by each path from
+    draws of its own. Returns {kind of crop: (device, worker)}, float32 [count, 14] each: mean and spread of the channels, mean
+    difference of neighbours to the right and downwards, whether grey, whether dark throughout, red and green of the left
+    half less the right one, of the top less the bottom.
     """
     def moments(crops):
         x = crops.float()  # [n, 3, S, S]
@@ -184,7 +184,7 @@ def crop_moments(preset, images, count, sizes=(224, 96), seed=0):
 
 def print_moments(images, samples, sizes):
     """The largest difference between the paths for each preset, in standard errors and as a share of the spread."""
-    print(f"\nmoments of {4 * samples} crops by each path, {sizes[0]} and {sizes[1]} pixels: the largest difference of their means")
+    print(f"\nmoments of {4 * samples} crops by each path, {sizes[0]} and {sizes[1]} pixels: largest difference of means")
     print(f"{'':24}{'standard errors':>18}{'standard deviations':>22}")
     for preset in loader.AUGMENT_PRESETS:
         worst = [0.0, 0.0]

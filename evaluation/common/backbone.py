@@ -1,5 +1,4 @@
 """The frozen backbone that an evaluation looks at."""
-import argparse
 import hashlib
 import math
 import re
@@ -47,10 +46,7 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     checkpoint = read_weights(weights) if checkpoint is None else checkpoint
     state = None if weights == "random" else _reference_names(utils.backbone_state_dict(checkpoint, key, weights))
 
-    stored = checkpoint.get("args", {})
-    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
-    if not isinstance(stored, dict):
-        raise utils.InputError(f"checkpoint {weights}: its args are a {type(stored).__name__}")
+    stored = utils.stored_args(checkpoint, weights)
     arch = arch or stored.get("arch", "vit_small")
     if not isinstance(arch, str) or arch not in models.ARCHS:
         raise utils.InputError(f"checkpoint {weights}: its arch, {_shown(arch)}, is not one of {', '.join(models.ARCHS)}")
