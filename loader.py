@@ -32,8 +32,10 @@ from utils import (
     is_main_process,
     load_checkpoint,
     locked,
+    safetensors_metadata,
     save_atomically,
     say_once,
+    stored_args,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,7 +50,12 @@ class PixelStats(NamedTuple):
     std: tuple[float, ...] = IMAGENET_STD
 
     def __str__(self):
-        return " ".join(f"{name} {' '.join(f'{v:g}' for v in values)}" for name, values in self._asdict().items())
+        mean, std = (" ".join(f"{v:g}" for v in values) for values in self)
+        return "ImageNet's statistics" if self == IMAGENET else f"mean {mean}, std {std}"
+
+    def as_settings(self):
+        """{"mean": list, "std": list} for what is saved; nothing where they are ImageNet's, as in files without."""
+        return {} if self == IMAGENET else {name: list(values) for name, values in self._asdict().items()}
 
 
 IMAGENET = PixelStats()
@@ -78,9 +85,17 @@ def check_pixel_stats(stats, mean="--mean", std="--std"):
             raise InputError(f"{name} takes three numbers, of red, green and blue, in {lowest:g}..1")
 
 
-def stored_pixel_stats(stored, path):
-    """`PixelStats` of the arguments that the checkpoint `path` holds (a dictionary); ImageNet's where they say nothing."""
+def stored_pixel_stats(checkpoint, path):
+    """`PixelStats` that the network in a checkpoint was trained with: of its arguments or, in a `.safetensors` file, of its
+    head; ImageNet's where these say nothing. Raises `InputError` for what are none."""
+    stored = stored_args(checkpoint, path)
     stats = PixelStats(*(stored.get(name) for name in PixelStats._fields))
+    texts = safetensors_metadata(path)
+    if texts.keys() >= set(PixelStats._fields):
+        try:
+            stats = PixelStats(*([float(v) for v in texts[name].split()] for name in PixelStats._fields))
+        except ValueError:
+            raise InputError(f"checkpoint {path}: its mean and std are no numbers") from None
     if stats == (None, None):
         return IMAGENET
     check_pixel_stats(stats, *(f"checkpoint {path}: its {name}" for name in PixelStats._fields))

@@ -175,7 +175,7 @@ def pixel_stats_of(args, path, checkpoint, dataset, device):
     if args.pixel_stats == "imagenet":
         return loader.IMAGENET
     if checkpoint is not None:
-        return loader.stored_pixel_stats(utils.stored_args(checkpoint, path), path)
+        return loader.stored_pixel_stats(checkpoint, path)
     return loader.folder_stats(dataset, device)
 
 
@@ -478,8 +478,8 @@ def pretrain(args, signals, at_end):
         patch_size=models.mask_cell(args.arch, args.patch_size), pred_ratio=args.pred_ratio,
         pred_ratio_var=args.pred_ratio_var, pred_shape=args.pred_shape, pred_start_epoch=args.pred_start_epoch,
         seed=args.seed, on_bad_image=args.on_bad_image)
-    stats = pixel_stats_of(args, path, checkpoint, dataset, device)
-    args = with_resolved(args, augment_of(args), stats)
+    pixel_stats = pixel_stats_of(args, path, checkpoint, dataset, device)
+    args = with_resolved(args, augment_of(args), pixel_stats)
     sampler = loader.ResumableSampler(dataset, process.world_size, process.rank, shuffle=True, seed=args.seed)
     data_loader = DataLoader(
         dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=workers, drop_last=True,
@@ -577,7 +577,7 @@ def pretrain(args, signals, at_end):
                 utils.set_random_state(progress["random"][process.rank], device)
             except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
-        batches = loader.device_batches(data_loader, device, photometry, stats)
+        batches = loader.device_batches(data_loader, device, photometry, pixel_stats)
         check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
             ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),

@@ -376,6 +376,15 @@ def load_checkpoint(path):
         raise InputError(f"checkpoint {path}: cannot be read safely ({reason})") from error
 
 
+def safetensors_metadata(path):
+    """The texts by name in the head of a `.safetensors` file; empty for any other file."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def printable(text, length=60):
     """`text` of a foreign file for a message of one line: cut to `length`, escapes for what is no printable character."""
     text = repr(str(text)[:length + 1])[1:-1]
@@ -759,7 +768,7 @@ def load_scaler(scaler, state_dict, path):
 
 
 def stored_args(checkpoint, path):
-    """The arguments that a checkpoint holds, as a dictionary, empty where it has none. Raises InputError for what is none."""
+    """The arguments that a checkpoint holds, as a dictionary, empty where it has none. Raises InputError for others."""
     stored = checkpoint.get("args", {})
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
     if not isinstance(stored, dict):

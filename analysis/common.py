@@ -97,6 +97,13 @@ def mass_mask(weights, mass):
     return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
+def check_same_pixels(backbone, other, flag):
+    """Raise InputError, naming `flag`, unless two networks take the same images."""
+    if backbone.pixel_stats != other.pixel_stats:
+        raise utils.InputError(f"{flag}: its images are normalised with {other.pixel_stats}, the others with "
+                               f"{backbone.pixel_stats}")
+
+
 # ---------------------------------------------------------------- images
 
 def image_folder(path, transform=None):
@@ -105,7 +112,7 @@ def image_folder(path, transform=None):
     return ImageSet(Path(path).name, folder.root, folder.samples, folder.targets, folder.classes, transform)
 
 
-def squared(height, width):
+def squared(height, width, normalize=normalize):
     """PIL image -> normalised float32 [3, height, width]; the aspect is not kept, as in the reference."""
     return v2.Compose([v2.Resize((height, width)), v2.PILToTensor(), normalize])
 

@@ -151,9 +151,9 @@ def crop_moments(preset, images, count, sizes=(224, 96), seed=0):
     """Moments of single crops of both paths with a preset of the augmentation.
 
     `count` samples of 2 global and 2 local crops of `sizes` pixels are made of PIL `images` in turn, by each path from
-    draws of its own. Returns {kind of crop: (device, worker)}, float32 [count, 14] each: mean and spread of the channels, mean
-    difference of neighbours to the right and downwards, whether grey, whether dark throughout, red and green of the left
-    half less the right one, of the top less the bottom.
+    draws of its own. Returns {kind of crop: (device, worker)}, float32 [count, 14] each: mean and spread of the channels,
+    mean difference of neighbours to the right and downwards, whether grey, whether dark throughout, red and green of the
+    left half less the right one, of the top less the bottom.
     """
     def moments(crops):
         x = crops.float()  # [n, 3, S, S]

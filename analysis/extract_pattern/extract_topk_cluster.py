@@ -34,7 +34,6 @@ from evaluation.common.backbone import weights_hash
 from evaluation.common.clustering import load_projection_head
 from evaluation.common.features import extract_features, sharded_loader
 from evaluation.common.protocol import start_process
-from loader import normalize
 
 BANK_VERSION = 1
 BLOCK = 2**26  # most logits at a time: 256 MB
@@ -257,7 +256,8 @@ def draw_all(args, backbone, bank, counts, images, folder, process):
     for index in np.linspace(0, len(images) - 1, min(args.explain, len(images))).round().astype(int).tolist():
         image = images[index][0]
         with torch.inference_mode():
-            attention = common.cls_attention(model, normalize(v2.functional.pil_to_tensor(image)[None].to(process.device)))
+            pixels = v2.functional.pil_to_tensor(image)[None].to(process.device)
+            attention = common.cls_attention(model, backbone.normalize(pixels))
         patches = distinct_patches(attention[0].mean(dim=0).cpu(), bank[index, :, 1])
         clusters = [int(bank[index, patch, 1]) for patch in patches]
         members = [tiles_of(cluster, 36) for cluster in clusters]
@@ -285,7 +285,7 @@ def main():
     if args.out_dim not in (None, K):
         raise utils.InputError(f"--out_dim {args.out_dim}: the head of {backbone.key} has {K} outputs")
     crop = common.centre(size)
-    images = common.image_folder(args.data_path, v2.Compose([crop, v2.PILToTensor(), normalize]))
+    images = common.image_folder(args.data_path, v2.Compose([crop, v2.PILToTensor(), backbone.normalize]))
 
     # ============ memory bank ============
     temperature = args.temperature if args.confidence == "probability" else None
@@ -293,7 +293,8 @@ def main():
     if process.rank == 0:
         key = {"version": BANK_VERSION, "type": args.type, "weights": backbone.weights_hash, "head": weights_hash(head),
                "images": images.fingerprint(), "count": len(images), "arch": backbone.arch,
-               "patch size": backbone.patch_size, "image size": size, "temperature": temperature}
+               "patch size": backbone.patch_size, "image size": size, "temperature": temperature,
+               **backbone.pixel_stats.as_settings()}
         bank, reason = kept_bank(bank_file, key)
         print(f"memory bank: {reason}", flush=True)
     if not utils.host_reduce(int(bank is not None)):
