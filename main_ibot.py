@@ -15,6 +15,7 @@ import math
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import loader
 import models
+import pictures
 import utils
 
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
@@ -535,6 +537,8 @@ def pretrain(args, signals, at_end):
         if args.load_from == "auto" and path == output_dir / utils.PREVIOUS:
             path = path.replace(output_dir / utils.CHECKPOINT)  # which is damaged: the next save is not to keep that one
         utils.start_output(output_dir, start_epoch if path else None, run_files(output_dir))
+        if not path:
+            pictures.write_crops(dataset, islice(sampler, 6), args.use_masked_im_modeling, output_dir)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
         at_end.callback(utils.close_writer, writer)
         print(utils.describe_run(args, process))
@@ -542,6 +546,7 @@ def pretrain(args, signals, at_end):
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
               f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; colours changed on: "
               f"{'device' if on_device else 'cpu'}; {workers} loader processes")
+        print(f"crops of the first batch: {output_dir / pictures.CROPS}; pixels normalised with {pixel_stats}")
         print(f"total batch: {total_batch}; "
               f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
         where = f"starting at epoch {start_epoch} of {args.epochs}" + f", step {progress['step']}" * (progress["step"] > 0)
@@ -826,7 +831,7 @@ def checkpoint_files(output_dir):
 
 def run_files(output_dir):
     """What a run writes into its folder, as far as it is there."""
-    others = (output_dir / name for name in ("log.txt", "tf_logs", loader.BAD_IMAGES))
+    others = (output_dir / name for name in ("log.txt", "tf_logs", pictures.CROPS, loader.BAD_IMAGES))
     return checkpoint_files(output_dir) + [path for path in others if path.exists()]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
 import models
@@ -17,6 +17,7 @@ from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone, read_weights
 from evaluation.common.data import ImageSet
 from loader import CheckedImageFolder, normalize
+from pictures import font
 
 # ---------------------------------------------------------------- flags and the network
 
@@ -169,13 +170,6 @@ def enlarge(picture, least):
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def fit(picture, side):
-    """A PIL image with its longer side at `side` pixels; small ones keep visible pixels."""
-    scale = side / max(picture.size)
-    size = [max(1, round(length * scale)) for length in picture.size]
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
-
-
 def beside(pictures, gap=0, background="white"):
     """PIL images in a row, tops aligned."""
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
@@ -192,10 +186,6 @@ def divided(picture, parts):
     for x in range(width, picture.width, width):
         ImageDraw.Draw(picture).rectangle((x - 3, 0, x - 1, picture.height), fill="white")
     return picture
-
-
-def font(size):
-    return ImageFont.load_default(size=size)
 
 
 def tag(picture, text):
