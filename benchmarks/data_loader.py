@@ -182,13 +182,13 @@ def crop_moments(preset, images, count, sizes=(224, 96), seed=0):
     return {name: tuple(map(torch.cat, parts)) for name, parts in found.items()}
 
 
-def print_moments(images, samples, sizes):
+def print_moments(images, samples, sizes, seed):
     """The largest difference between the paths for each preset, in standard errors and as a share of the spread."""
     print(f"\nmoments of {4 * samples} crops by each path, {sizes[0]} and {sizes[1]} pixels: largest difference of means")
     print(f"{'':24}{'standard errors':>18}{'standard deviations':>22}")
     for preset in loader.AUGMENT_PRESETS:
         worst = [0.0, 0.0]
-        for ours, theirs in crop_moments(preset, images, samples, sizes).values():
+        for ours, theirs in crop_moments(preset, images, samples, sizes, seed).values():
             spread = ((ours.var(0) + theirs.var(0)) / 2).sqrt()
             difference = torch.where(spread > 0, (ours.mean(0) - theirs.mean(0)).abs() / spread, 0).max().item()
             worst = [max(worst[0], difference * (samples / 2) ** 0.5), max(worst[1], difference)]
@@ -282,7 +282,8 @@ def main():
           f"torchvision {torchvision.__version__}, pillow {PIL.__version__}, numpy {np.__version__}\n"
           f"processor: {processor_name()}, one thread")
     if args.moments:
-        return print_moments([Image.fromarray(image) for image in load_sample_images().images], args.moments, args.sizes)
+        return print_moments([Image.fromarray(image) for image in load_sample_images().images], args.moments, args.sizes,
+                             args.seed)
     print(f"crops: 2 x 224 + {args.local_crops_number} x 96; batches of {args.batch}, {args.batches} of each path")
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["XDG_CACHE_HOME"] = temporary  # the index of a folder that is soon gone
