@@ -3,7 +3,7 @@
     python benchmarks/data_loader.py                   # 2 x 224 + 10 x 96 from JPEGs of about 500 x 375
     python benchmarks/data_loader.py --images 200 --batches 60
     python benchmarks/data_loader.py --write FOLDER --images 2000   # only the JPEGs
-    python benchmarks/data_loader.py --moments 2500 --sizes 64 32    # whether both paths give the same crops
+    python benchmarks/data_loader.py --moments 2500 --sizes 64 32   # whether both paths give the same crops
 
 One process, one thread; the three paths alternate batch by batch, so that all meet the same noise, and the ratios are
 those of the medians. Time is CPU time from the file to the collated batch, as a worker of a DataLoader spends it.
