@@ -5,7 +5,8 @@
 
 `--format ibot` keeps this project's names: {"state_dict": {name: tensor}} in a .pth file, {name: tensor} in a
 .safetensors file. `--format flat` is {name: tensor} in both, as the reference's fine-tuning reads them. `--format timm` is
-{name: tensor} in both, which models of timm load strictly, such as
+{name: tensor} in both, which models of timm load strictly, see below. Where images were not normalised with ImageNet's
+statistics, the .pth file of `ibot` has "args" with "mean" and "std" too, and .safetensors files have them in their metadata.
 
     timm.create_model("vit_small_patch16_224", num_classes=0)
     timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
@@ -20,6 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import loader
 import utils
 
 
@@ -68,8 +70,9 @@ def main():
         raise utils.InputError(f"output {output}: its name must end in .pth or .safetensors")
     if args.with_head and args.format == "timm":
         raise utils.InputError("--with_head true: timm's models have no such head; use --format ibot")
-    state = extract(utils.load_checkpoint(args.checkpoint), args.checkpoint_key, args.checkpoint, args.with_head,
-                    args.format == "timm")
+    checkpoint = utils.load_checkpoint(args.checkpoint)
+    state = extract(checkpoint, args.checkpoint_key, args.checkpoint, args.with_head, args.format == "timm")
+    stats = loader.stored_pixel_stats(checkpoint, args.checkpoint)
     if output.exists() and output.samefile(args.checkpoint):
         raise utils.InputError(f"output {output}: is the checkpoint itself")
     try:
@@ -77,7 +80,8 @@ def main():
     except OSError as error:
         raise utils.InputError(f"output {output}: its folder cannot be made ({error.strerror})") from error
     if output.suffix == ".pth":
-        utils.save_atomically({"state_dict": state} if args.format == "ibot" else state, output)
+        known = {"args": stats.as_settings()} if stats != loader.IMAGENET else {}
+        utils.save_atomically({"state_dict": state, **known} if args.format == "ibot" else state, output)
     else:
         if "__metadata__" in state:
             raise utils.InputError(f"output {output}: a safetensors file cannot hold a tensor called __metadata__")
@@ -85,14 +89,15 @@ def main():
         # Clones: safetensors refuses tensors that share storage, as a shared head's two names do.
         tensors = {name: value.clone().contiguous() for name, value in state.items()}
         try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata={"format": "pt"} | {
+                name: " ".join(map(str, values)) for name, values in stats.as_settings().items()})
             os.replace(temporary, output)
         except SafetensorError as error:
             raise utils.InputError(f"output {output}: {utils.printable(error, 160)}") from error
         finally:
             temporary.unlink(missing_ok=True)
     print(f"{output}: {len(state)} tensors, {sum(value.numel() for value in state.values()) / 1e6:.2f} M values, "
-          f"{'timm' if args.format == 'timm' else 'ibot'} names")
+          f"{'timm' if args.format == 'timm' else 'ibot'} names; images are normalised with {stats}")
 
 
 if __name__ == "__main__":

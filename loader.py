@@ -12,6 +12,7 @@ import stat
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -26,13 +27,16 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import (
     InputError,
+    default_workers,
     get_world_size,
     host_reduce,
     is_main_process,
     load_checkpoint,
     locked,
+    safetensors_metadata,
     save_atomically,
     say_once,
+    stored_args,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,20 +45,68 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_BAD_IN_A_ROW = 100
 
 
+class PixelStats(NamedTuple):
+    """Mean and standard deviation of red, green and blue, of values in 0..1: what images are normalised with."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __str__(self):
+        mean, std = (" ".join(f"{v:g}" for v in values) for values in self)
+        return "ImageNet's statistics" if self == IMAGENET else f"mean {mean}, std {std}"
+
+    def as_settings(self):
+        """{"mean": list, "std": list} for what is saved; nothing where they are ImageNet's, as in files without."""
+        return {} if self == IMAGENET else {name: list(values) for name, values in self._asdict().items()}
+
+
+IMAGENET = PixelStats()
+
+
 @lru_cache
-def _mean_std(device, scale):
+def _mean_std(device, scale, stats):
     # Cached: a copy of host constants would make the GPU wait at every batch. No inference tensors in the cache.
     with torch.inference_mode(False):
-        return [scale * torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
+        return [scale * torch.tensor(v, device=device).view(3, 1, 1) for v in stats]
 
 
-def normalize(images):
-    """[*, 3, H, W] -> float32 of the same shape, normalised with ImageNet's statistics, on the images' device.
+def normalize(images, stats=IMAGENET):
+    """[*, 3, H, W] -> float32 of the same shape, normalised with `PixelStats`, on the images' device.
 
     uint8 counts as 0..255; any other dtype is taken to be in 0..1 already.
     """
-    mean, std = _mean_std(images.device, 255 if images.dtype == torch.uint8 else 1)
+    mean, std = _mean_std(images.device, 255 if images.dtype == torch.uint8 else 1, stats)
     return (images.float() - mean) / std
+
+
+def check_pixel_stats(stats, mean="--mean", std="--std"):
+    """Raise `InputError`, calling the two what is said, unless they are three numbers each that can be."""
+    for name, values, lowest in ((mean, stats.mean, 0), (std, stats.std, 1e-4)):
+        if not (isinstance(values, (list, tuple)) and len(values) == 3
+                and all(type(v) in (int, float) and lowest <= v <= 1 for v in values)):
+            raise InputError(f"{name} takes three numbers, of red, green and blue, in {lowest:g}..1")
+
+
+def stored_pixel_stats(checkpoint, path):
+    """`PixelStats` that the network in a checkpoint was trained with: of its arguments or, in a `.safetensors` file, of its
+    head; ImageNet's where these say nothing. Raises `InputError` for what are none."""
+    stored = stored_args(checkpoint, path)
+    stats = PixelStats(*(stored.get(name) for name in PixelStats._fields))
+    texts = safetensors_metadata(path)
+    if texts.keys() >= set(PixelStats._fields):
+        try:
+            stats = PixelStats(*([float(v) for v in texts[name].split()] for name in PixelStats._fields))
+        except ValueError:
+            raise InputError(f"checkpoint {path}: its mean and std are no numbers") from None
+    if stats == (None, None):
+        return IMAGENET
+    check_pixel_stats(stats, *(f"checkpoint {path}: its {name}" for name in PixelStats._fields))
+    return PixelStats(*map(tuple, stats))
+
+
+def denormalize(images, stats=IMAGENET):
+    """What `normalize` was given, as uint8."""
+    mean, std = _mean_std(images.device, 255, stats)
+    return (images * std + mean).round().clamp(0, 255).to(torch.uint8)
 
 
 # ---------------------------------------------------------------- image files
@@ -337,6 +389,38 @@ class ImageFolderInstance(CheckedImageFolder):
         return image, label, index
 
 
+def folder_stats(dataset, device, count=1000):
+    """`PixelStats` of `count` images (or all) of an image folder, evenly spread over it, each counting the same.
+
+    Process 0 looks at them and tells the others. Raises `InputError` when they have but one value, or none can be read.
+    """
+    def histogram(index):
+        try:
+            image = dataset.loader(dataset.samples[index][0])
+        except BadImage:
+            return None
+        return np.array(image.histogram()).reshape(3, 256) / (image.width * image.height)
+
+    values = torch.full((2, 3), math.nan)
+    if is_main_process():
+        places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
+        with ThreadPoolExecutor(default_workers()) as pool:
+            found = [shares for shares in pool.map(histogram, places) if shares is not None]
+        if found:
+            shares, levels = np.mean(found, axis=0), np.arange(256) / 255  # [3, 256], [256]
+            mean = shares @ levels
+            std = ((shares * (levels - mean[:, None]) ** 2).sum(axis=1)) ** 0.5
+            values = torch.from_numpy(np.stack((mean, std))).float()
+    if get_world_size() > 1:
+        values = values.to(device)
+        torch.distributed.broadcast(values, 0)
+    stats = PixelStats(*(tuple(round(v, 4) for v in row) for row in values.tolist()))
+    if not all(std > 0 for std in stats.std):
+        raise InputError(f"--pixel_stats auto: the images of {dataset.root} have no spread, or none can be read; give "
+                         "--mean and --std")
+    return stats
+
+
 # ---------------------------------------------------------------- masks
 
 def draw_ratio(ratios, variances, rng):
@@ -481,25 +565,59 @@ class ImageFolderMask(CheckedImageFolder):
 
 # ---------------------------------------------------------------- augmentation
 
+class Augment(NamedTuple):
+    """What is done to crops: probabilities; of three, for the first global crop, other global crops and local crops.
+
+    rotate90: of a turn by 0, 90, 180 or 270 degrees, each as likely. color_jitter: a probability, then the largest changes
+    of brightness, contrast, saturation (factors of 1 minus to 1 plus that) and hue (in turns). These are the reference's.
+    """
+    hflip: float = 0.5
+    vflip: float = 0.0
+    rotate90: float = 0.0
+    color_jitter: Sequence[float] = (0.8, 0.4, 0.4, 0.2, 0.1)
+    grayscale: float = 0.2
+    blur: Sequence[float] = (1.0, 0.1, 0.5)
+    solarize: Sequence[float] = (0.0, 0.2, 0.0)
+
+
+NEVER = (0.0, 0.0, 0.0)
+AUGMENT_PRESETS = {
+    "photos": Augment(),
+    "grey": Augment(color_jitter=(0.8, 0.4, 0.4, 0.0, 0.0), grayscale=0.0, solarize=NEVER),
+    "overhead": Augment(vflip=0.5, rotate90=1.0, color_jitter=(0.8, 0.4, 0.4, 0.2, 0.05), grayscale=0.1, solarize=NEVER),
+    "none": Augment(hflip=0.0, color_jitter=(0.0,) * 5, grayscale=0.0, blur=NEVER, solarize=NEVER),
+}
+
+
+def check_augment(augment):
+    """Raise `InputError`, naming the flag, for numbers of an `Augment` that are too few or none that can be."""
+    for name, value, like in zip(Augment._fields, augment, Augment(), strict=True):
+        values, count = (value, len(like)) if isinstance(like, tuple) else ((value,), 1)
+        if len(values) != count:
+            what = "P B C S H" if name == "color_jitter" else "for the first global, other global and local crops"
+            raise InputError(f"--{name} takes {count} numbers ({what}), not {len(values)}")
+        if not all(0 <= v <= 1 for v in values):
+            raise InputError(f"--{name} must lie in 0..1: {' '.join(map(str, values))}")
+    if augment.color_jitter[4] > 0.5:
+        raise InputError(f"--color_jitter: its last number, the hue, must lie in 0..0.5: {augment.color_jitter[4]}")
+
+
 # A crop's photometry is one float32 row: the four jitter operations in the order in which they are applied, their factors
-# in that order, whether to grey and to solarise, and the taps 0..6 of the blur (1, 0, ... for none).
+# in that order, whether to grey and to solarise, and the taps 0..2 of the blur's box (1, 0, 0 for none).
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-ROW = (4, 4, 1, 1, 7)
-BOX_DRAWS, ROW_DRAWS = 2 + 2 * 10, 13  # uniform numbers that a crop takes
-COSINES = np.cos(2 * np.pi / 13 * np.outer(range(7), range(7)))
+ROW = (4, 4, 1, 1, 3)
+BOX_DRAWS, ROW_DRAWS, TURN_DRAWS = 2 + 2 * 10, 13, 3  # uniform numbers that a crop takes
 
 
 def blur_taps(sigma):
-    """Taps 0..6 of the symmetric filter by which Pillow blurs: three extended box filters (Gwosdek et al., 2011).
+    """Taps 0..2 of the symmetric filter that Pillow's GaussianBlur applies three times (Gwosdek et al., 2011).
 
-    Each has variance sigma**2 / 3 exactly: a box of ones, here one or three, between two fractional ends. (A sampled
-    Gaussian of small sigma hardly blurs.) `sigma` [n] in pixels, 0 to 2 -> float64 [n, 7], rows 1, 0, ... where it is 0.
+    It has variance sigma**2 / 3 exactly: a box of ones, here one or three, between two fractional ends. (A sampled
+    Gaussian of small sigma hardly blurs.) `sigma` [n] in pixels, 0 to 2 -> float64 [n, 3], rows 1, 0, 0 where it is 0.
     """
     variance = sigma[:, None] ** 2 / 3
-    box = np.where(variance < 2 / 3, (1, 0, 0) + variance * (-1, 0.5, 0), (0.4, 0.4, -0.1) + variance * (-0.1, -0.1, 0.15))
-    # Convolved by way of the cosine transform on a circle that just holds the 2 * 6 + 1 taps.
-    spectrum = (box * (1, 2, 2)) @ COSINES[:3]
-    return spectrum**3 @ (COSINES * (2 / 13)) - spectrum[:, :1] ** 3 / 13
+    return np.where(variance < 2 / 3, (1, 0, 0) + variance * (-1, 0.5, 0),
+                    (0.4, 0.4, -0.1) + variance * (-0.1, -0.1, 0.15))
 
 
 def draw_box(uniform, width, height, scale):
@@ -524,18 +642,16 @@ def draw_box(uniform, width, height, scale):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def draw_photometry(uniform, blur_p, solarize_p):
-    """Photometry of n crops: uniform [n, ROW_DRAWS] in [0, 1), probabilities [n] -> float32 rows [n, 17].
-
-    Jitter with probability 0.8 (brightness and contrast 0.4, saturation 0.2, hue 0.1), grey 0.2, as in the reference.
-    """
-    jitter = (2 * uniform[:, 1:5] - 1) * (uniform[:, :1] < 0.8)
-    factors = jitter * (0.4, 0.4, 0.2, 0.1) + (1, 1, 1, 0)
+def draw_photometry(uniform, blur_p, solarize_p, augment=AUGMENT_PRESETS["photos"]):
+    """Photometry of n crops: uniform [n, ROW_DRAWS] in [0, 1), probabilities [n] -> float32 rows [n, 13]."""
+    jitter_p, *strengths = augment.color_jitter
+    jitter = (2 * uniform[:, 1:5] - 1) * (uniform[:, :1] < jitter_p)
+    factors = jitter * strengths + (1, 1, 1, 0)
     order = uniform[:, 5:9].argsort(axis=1)
     rows = np.empty((len(uniform), sum(ROW)), np.float32)
     rows[:, :4] = order
     rows[:, 4:8] = np.take_along_axis(factors, order, axis=1)
-    rows[:, 8] = uniform[:, 9] < 0.2
+    rows[:, 8] = uniform[:, 9] < augment.grayscale
     rows[:, 9] = uniform[:, 10] < solarize_p
     rows[:, 10:] = blur_taps((0.1 + 1.9 * uniform[:, 12]) * (uniform[:, 11] < blur_p))
     return rows
@@ -567,26 +683,31 @@ def adjust_hue(images, factor):
     return wave.mul_(chroma.unsqueeze(-3)).add_(lo.unsqueeze(-3))
 
 
-def gaussian_blur(images, taps):
-    """Blur float images [..., 3, H, W] with `taps` [..., R + 1] of `blur_taps` as Pillow's GaussianBlur does.
+def gaussian_blur(levels, taps):
+    """Blur grey levels 0..255, float [..., 3, H, W] of whole numbers, with `taps` [..., R + 1] of `blur_taps`.
 
-    A sum of shifted images along each axis: on CPU faster than Pillow or a depthwise convolution. Only in the outermost
-    pixels (R, at most 6) do the two differ by more than rounding: Pillow extends the border anew before each box.
+    As Pillow does: along each axis three times, the border extended anew and the levels rounded each time.
     """
-    centre, *taps = taps[..., None, None, None].movedim(-4, 0)  # each [..., 1, 1, 1]
-    radius = len(taps)
-    for dim, padding in ((-1, (radius, radius, 0, 0)), (-2, (0, 0, radius, radius))):
-        size = images.shape[dim]
-        padded = torch.nn.functional.pad(images, padding, mode="replicate")
-        images = images * centre
-        for shift, tap in enumerate(taps, 1):
-            images.addcmul_(padded.narrow(dim, radius - shift, size), tap)
-            images.addcmul_(padded.narrow(dim, radius + shift, size), tap)
-    return images
+    levels = levels.clone()
+    _, *taps = taps[..., None, None, None].movedim(-4, 0)  # each [..., 1, 1, 1]
+    for dim in (-1, -2):
+        size = levels.shape[dim]
+        for _ in range(3):
+            # The taps sum to 1, so the levels flow between neighbours; beyond the border there is no difference.
+            flows = [levels.narrow(dim, shift, size - shift) - levels.narrow(dim, 0, size - shift)
+                     for shift in range(1, min(len(taps) + 1, size))]
+            for shift, (flow, tap) in enumerate(zip(flows, taps), 1):  # noqa: B905 - an image may be of one pixel
+                levels.narrow(dim, 0, size - shift).addcmul_(flow, tap)
+                levels.narrow(dim, shift, size - shift).addcmul_(flow, tap, value=-1)
+            if len(taps) > 1 and size > 1:  # two beyond the last but one is the last
+                levels.narrow(dim, 1, 1).addcmul_(flows[0].narrow(dim, 0, 1), taps[1], value=-1)
+                levels.narrow(dim, size - 2, 1).addcmul_(flows[0].narrow(dim, size - 2, 1), taps[1])
+            levels.round_()
+    return levels
 
 
-def _to_uint8(images):
-    return (images * 255).add_(0.5).to(torch.int16).to(torch.uint8)  # straight to uint8 takes twice as long on CPU
+def _to_uint8(levels):
+    return levels.to(torch.int16).to(torch.uint8)  # straight to uint8 takes twice as long on CPU
 
 
 def _solarize(images):
@@ -608,6 +729,7 @@ def photometry_of_crop(crop, row):
             x = x.mul_(factor).add_(luma.mean() if operation == CONTRAST else luma, alpha=1 - factor).clamp_(0, 1)
     if values[8]:
         x = _luma(x)
+    x = (x * 255).round_()
     radius = sum(tap > 1e-6 for tap in values[10:]) - 1
     if radius:
         x = gaussian_blur(x, row[10:11 + radius])
@@ -618,7 +740,7 @@ def photometry_of_crop(crop, row):
 def apply_photometry(crops, rows):
     """Colours of a batch of crops, each by its own row and in its own order, on the crops' device.
 
-    uint8 [n, 3, S, S], float32 [n, 17] (see `draw_photometry`) -> uint8 [n, 3, S, S], contiguous; equal to
+    uint8 [n, 3, S, S], float32 [n, 13] (see `draw_photometry`) -> uint8 [n, 3, S, S], contiguous; equal to
     `photometry_of_crop` within one level. The host is never waited for, and no shape depends on the rows: may be compiled.
     """
     order, factors, grey, solarize, taps = rows.split(ROW, dim=1)
@@ -641,55 +763,63 @@ def apply_photometry(crops, rows):
     x = adjust_hue(x, (factors * is_hue).sum(dim=1)[:, None, None])
     x = blends(x, ~(before | is_hue), (1, 2, 3))
     x = torch.where(grey[..., None, None] > 0, _luma(x), x)
-    x = _to_uint8(gaussian_blur(x, taps))
+    x = _to_uint8(gaussian_blur((x * 255).round_(), taps))
     return torch.where(solarize[..., None, None] > 0, _solarize(x), x)
 
 
 class MultiCropAugmentation:
     """PIL RGB image -> list of uint8 [3, S, S] crops: the first global crop, the other global ones, the local ones.
 
-    The distribution is the reference's. Scales are area ranges relative to the image, sizes are pixels. All draws
-    come from torch's CPU generator. With photometry="device" the crops are only cut and flipped, and a call gives
-    (crops, rows): float32 [G + L, 17] for `apply_photometry` to finish the crops on the training device.
+    Scales are area ranges relative to the image, sizes are pixels; `augment` is an `Augment`, by default the reference's.
+    All draws come from torch's CPU generator. With photometry="device" the crops are only cut and turned, and a call gives
+    (crops, rows): float32 [G + L, 13] for `apply_photometry` to finish the crops on the training device.
     """
 
     def __init__(self, global_crops_number=2, global_crops_scale=(0.14, 1.0), local_crops_number=0,
-                 local_crops_scale=(0.05, 0.4), global_crops_size=224, local_crops_size=96, photometry="cpu"):
+                 local_crops_scale=(0.05, 0.4), global_crops_size=224, local_crops_size=96, photometry="cpu",
+                 augment=AUGMENT_PRESETS["photos"]):
+        check_augment(augment)
         if photometry not in ("cpu", "device"):
             raise InputError(f"photometry {photometry!r}: must be cpu or device")
-        self.photometry = photometry
+        self.photometry, self.augment = photometry, augment
         self.global_crops_number = global_crops_number
-        others = global_crops_number - 1
+        counts = (1, global_crops_number - 1, local_crops_number)
         self.sizes = [global_crops_size] * global_crops_number + [local_crops_size] * local_crops_number
         self.scales = [global_crops_scale] * global_crops_number + [local_crops_scale] * local_crops_number
-        self.blur_p = np.array([1.0] + [0.1] * others + [0.5] * local_crops_number)
-        self.solarize_p = np.array([0.0] + [0.2] * others + [0.0] * local_crops_number)
+        self.blur_p, self.solarize_p = (np.repeat(p, counts) for p in (augment.blur, augment.solarize))
 
     def __call__(self, image):
-        boxes, flips, rows = self.draw(*image.size)
-        crops = self.cut(np.asarray(image), boxes, flips)
+        boxes, turns, rows = self.draw(*image.size)
+        crops = self.cut(np.asarray(image), boxes, turns)
         if self.photometry == "device":
             return crops, rows
         return [photometry_of_crop(crop, row) for crop, row in zip(crops, rows, strict=True)]
 
     def draw(self, width, height):
-        """Everything random about the crops of an image: their boxes, whether each is flipped, float32 rows [G + L, 17]."""
+        """Everything random about the crops of an image: boxes, turns (see `cut`), float32 rows [G + L, 13]."""
         # One call for all: drawing number by number took as long as the masks of a sample.
         uniform = torch.rand(len(self.sizes), ROW_DRAWS + 1 + BOX_DRAWS).numpy()
-        rows = draw_photometry(uniform[:, :ROW_DRAWS], self.blur_p, self.solarize_p)
-        flips = uniform[:, ROW_DRAWS] < 0.5
+        rows = draw_photometry(uniform[:, :ROW_DRAWS], self.blur_p, self.solarize_p, self.augment)
+        turns = [(flip, False, 0) for flip in (uniform[:, ROW_DRAWS] < self.augment.hflip).tolist()]
+        if self.augment.vflip or self.augment.rotate90:
+            down, turned, quarters = torch.rand(TURN_DRAWS, len(self.sizes)).tolist()
+            turns = [(flip, d < self.augment.vflip, int(4 * q) if t < self.augment.rotate90 else 0)
+                     for (flip, _, _), d, t, q in zip(turns, down, turned, quarters, strict=True)]
         boxes = [draw_box(u, width, height, scale)
                  for u, scale in zip(uniform[:, ROW_DRAWS + 1:].tolist(), self.scales, strict=True)]
-        return boxes, flips, torch.from_numpy(rows)
+        return boxes, turns, torch.from_numpy(rows)
 
-    def cut(self, pixels, boxes, flips):
-        """Boxes of uint8 pixels [H, W, 3], each resized (bicubic) to its size -> list of uint8 [3, S, S], interleaved."""
+    def cut(self, pixels, boxes, turns):
+        """Boxes of uint8 pixels [H, W, 3], each resized (bicubic) to its size, then turned -> list of uint8 [3, S, S],
+        interleaved. A turn is (flip left to right, flip top to bottom, number of quarter turns after that)."""
         crops = []
-        for (left, top, width, height), size, flip in zip(boxes, self.sizes, flips, strict=True):
-            # A copy without gaps: what resizing is fastest on. It leaves pixels interleaved, and so does flipping.
+        for (left, top, width, height), size, (flip, down, quarters) in zip(boxes, self.sizes, turns, strict=True):
+            # A copy without gaps: what resizing is fastest on. It leaves pixels interleaved, and so do flips.
             box = torch.from_numpy(pixels[top:top + height, left:left + width].copy())[None].permute(0, 3, 1, 2)
-            crop = torch.nn.functional.interpolate(box, (size, size), mode="bicubic", antialias=True)
-            crops.append((crop.flip(3) if flip else crop)[0])
+            crop = torch.nn.functional.interpolate(box, (size, size), mode="bicubic", antialias=True)[0]
+            if flip or down:
+                crop = crop.flip([2] * flip + [1] * down)
+            crops.append(crop.permute(1, 2, 0).rot90(quarters).contiguous().permute(2, 0, 1) if quarters else crop)
         return crops
 
 
@@ -708,7 +838,7 @@ class Batch(NamedTuple):
     masks: torch.Tensor  # bool [G, B, h, w]
     mask_index: torch.Tensor  # int64 [M], into G * B * h * w
     mask_weight: torch.Tensor  # float32 [M]
-    photometry: torch.Tensor | None = None  # float32 [G + L, B, 17], what is left for the device to do
+    photometry: torch.Tensor | None = None  # float32 [G + L, B, 13], what is left for the device to do
 
 
 class ResumableSampler(DistributedSampler):
@@ -758,7 +888,7 @@ def _stack(positions):
     return stacked.unflatten(0, (len(positions), -1))
 
 
-def finish_batch(batch, photometry=apply_photometry):
+def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET):
     """`Batch` of uint8 crops, on the training device -> the same with normalised float32 crops, ready for the networks.
 
     What `batch.photometry` asks for is done first, one crop position at a time: temporaries are of B crops, not of
@@ -769,11 +899,11 @@ def finish_batch(batch, photometry=apply_photometry):
         rows = batch.photometry.split([0 if x is None else len(x) for x in crops])
         crops = [None if x is None else torch.stack([photometry(*pair) for pair in zip(x, r, strict=True)])
                  for x, r in zip(crops, rows, strict=True)]
-    global_crops, local_crops = (None if x is None else normalize(x) for x in crops)
+    global_crops, local_crops = (None if x is None else normalize(x, stats) for x in crops)
     return batch._replace(global_crops=global_crops, local_crops=local_crops, photometry=None)
 
 
-def device_batches(data_loader, device, photometry=apply_photometry):
+def device_batches(data_loader, device, photometry=apply_photometry, stats=IMAGENET):
     """Batches of a DataLoader, moved to `device` and finished there (`finish_batch`).
 
     On CUDA a batch is copied on a side stream while the device still computes on the one before (with `pin_memory=True`;
@@ -789,4 +919,4 @@ def device_batches(data_loader, device, photometry=apply_photometry):
             for x in batch:
                 if x is not None:
                     x.record_stream(main)  # its memory may not go to a later copy before `main` has read it
-        yield finish_batch(batch, photometry)
+        yield finish_batch(batch, photometry, stats)

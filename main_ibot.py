@@ -16,6 +16,7 @@ import math
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import loader
 import models
+import pictures
 import utils
 
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
@@ -119,6 +121,26 @@ def get_args_parser():
     data.add_argument("--max_bad_images", default=0.01, type=float,
                       help="end the run when more images cannot be read: a share of all below 1, else a number")
 
+    augment = parser.add_argument_group("augmentation (docs/augmentation.md)")
+    numbers = {"type": float, "nargs": "+"}
+    augment.add_argument("--augment", default="photos", choices=tuple(loader.AUGMENT_PRESETS),
+                         help="sets the flags below that are not given; photos: the reference's values")
+    augment.add_argument("--hflip", type=float, metavar="P", help="probability of a flip left to right; photos: 0.5")
+    augment.add_argument("--vflip", type=float, metavar="P", help="the same top to bottom; photos: 0")
+    augment.add_argument("--rotate90", type=float, metavar="P",
+                         help="probability of a turn by 0, 90, 180 or 270 degrees, each as likely; photos: 0")
+    augment.add_argument("--color_jitter", metavar=("P", "B C S H"), help="probability, then the largest change of "
+                         "brightness, contrast, saturation and hue (in turns); photos: 0.8 0.4 0.4 0.2 0.1", **numbers)
+    augment.add_argument("--grayscale", type=float, metavar="P", help="probability of no colours; photos: 0.2")
+    augment.add_argument("--blur", metavar=("P1", "P2 PL"), help="probability of a Gaussian blur of 0.1..2 pixels for the "
+                         "first global crop, other global crops, local crops; photos: 1 0.1 0.5", **numbers)
+    augment.add_argument("--solarize", metavar=("P1", "P2 PL"),
+                         help="the same for inverting what is brighter than the middle; photos: 0 0.2 0", **numbers)
+    augment.add_argument("--pixel_stats", default="imagenet", choices=("imagenet", "auto"),
+                         help="what pixels are normalised with; auto: mean and standard deviation of a thousand images")
+    augment.add_argument("--mean", help="of red, green and blue, in 0..1, instead", **numbers)
+    augment.add_argument("--std", help="their standard deviations", **numbers)
+
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default=".", type=str)
     run.add_argument("--load_from", default=None, type=str,
@@ -144,6 +166,30 @@ def get_args_parser():
     return parser
 
 
+def augment_of(args):
+    """The `loader.Augment` of the preset and the flags that are given."""
+    preset = loader.AUGMENT_PRESETS[args.augment]
+    return preset._replace(**{name: getattr(args, name) for name in preset._fields if getattr(args, name) is not None})
+
+
+def pixel_stats_of(args, path, checkpoint, dataset, device):
+    """The `loader.PixelStats` of a run; all processes call it. `auto` takes those of a `checkpoint` that is resumed."""
+    if args.mean is not None:
+        return loader.PixelStats(tuple(args.mean), tuple(args.std))
+    if args.pixel_stats == "imagenet":
+        return loader.IMAGENET
+    if checkpoint is not None:
+        return loader.stored_pixel_stats(checkpoint, path)
+    return loader.folder_stats(dataset, device)
+
+
+def with_resolved(args, augment, stats):
+    """A copy of `args` in which the flags of the augmentation and of the pixels have the values that are used."""
+    values = {name: list(value) if isinstance(value, tuple) else value
+              for name, value in {**augment._asdict(), **stats._asdict()}.items()}
+    return argparse.Namespace(**{**vars(args), **values})
+
+
 def check_args(args):
     """Raise `utils.InputError` for values that cannot be trained with, before anything is touched."""
     def need(condition, message):
@@ -167,6 +213,11 @@ def check_args(args):
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         need(0 < low <= high <= 1, f"--{name} takes two areas 0 < low <= high <= 1, not {low} {high}")
+    loader.check_augment(augment_of(args))
+    need((args.mean is None) == (args.std is None), "--mean and --std go together: give both or none")
+    need(args.mean is None or args.pixel_stats != "auto", "--pixel_stats auto and --mean: give one of them")
+    if args.mean is not None:
+        loader.check_pixel_stats(loader.PixelStats(args.mean, args.std))
     need(args.global_crops_number > 1 or (args.local_crops_number and args.lambda1),
          "the [CLS] loss needs two crops: raise --global_crops_number or --local_crops_number")
     need(args.lambda1 + args.lambda2 > 0, "--lambda1 and --lambda2 are both 0: there is no loss")
@@ -437,6 +488,8 @@ def pretrain(args, signals, at_end):
     output_dir = Path(args.output_dir)
     utils.fix_random_seeds(args.seed)  # the same weights on all processes
 
+    path, checkpoint = find_checkpoint(output_dir, args.load_from) if args.load_from else (None, None)
+
     # ============ data ============
     local_crops_number = args.local_crops_number if args.lambda1 else 0  # local crops enter the [CLS] loss only
     on_device = device.type != "cpu" if args.augment_on == "auto" else args.augment_on == "device"
@@ -449,10 +502,13 @@ def pretrain(args, signals, at_end):
         args.data_path,
         transform=loader.MultiCropAugmentation(
             args.global_crops_number, args.global_crops_scale, local_crops_number, args.local_crops_scale,
-            args.global_crops_size, args.local_crops_size, photometry="device" if on_device else "cpu"),
+            args.global_crops_size, args.local_crops_size, photometry="device" if on_device else "cpu",
+            augment=augment_of(args)),
         patch_size=models.mask_cell(args.arch, args.patch_size), pred_ratio=args.pred_ratio,
         pred_ratio_var=args.pred_ratio_var, pred_shape=args.pred_shape, pred_start_epoch=args.pred_start_epoch,
         seed=args.seed, on_bad_image=args.on_bad_image)
+    pixel_stats = pixel_stats_of(args, path, checkpoint, dataset, device)
+    args = with_resolved(args, augment_of(args), pixel_stats)
     sampler = loader.ResumableSampler(dataset, process.world_size, process.rank, shuffle=True, seed=args.seed)
     data_loader = DataLoader(
         dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=workers, drop_last=True,
@@ -495,7 +551,6 @@ def pretrain(args, signals, at_end):
 
     # ============ resume ============
     start_epoch, progress = 0, new_progress()
-    path, checkpoint = find_checkpoint(output_dir, args.load_from) if args.load_from else (None, None)
     if path:
         restore(path, checkpoint, student, teacher, optimizer, ibot_loss, scaler)
         start_epoch, progress = checkpoint["epoch"], new_progress() | checkpoint.get("progress", {})
@@ -514,6 +569,8 @@ def pretrain(args, signals, at_end):
         if args.load_from == "auto" and path == output_dir / utils.PREVIOUS:
             path = path.replace(output_dir / utils.CHECKPOINT)  # which is damaged: the next save is not to keep that one
         utils.start_output(output_dir, start_epoch if path else None, run_files(output_dir))
+        if not path:
+            pictures.write_crops(dataset, islice(sampler, 6), args.use_masked_im_modeling, output_dir)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
         at_end.callback(utils.close_writer, writer)
         print(utils.describe_run(args, process))
@@ -521,6 +578,7 @@ def pretrain(args, signals, at_end):
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
               f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; colours changed on: "
               f"{'device' if on_device else 'cpu'}; {workers} loader processes")
+        print(f"crops of the first batch: {output_dir / pictures.CROPS}; pixels normalised with {pixel_stats}")
         print(f"total batch: {total_batch}; "
               f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
         where = f"starting at epoch {start_epoch} of {args.epochs}" + f", step {progress['step']}" * (progress["step"] > 0)
@@ -557,7 +615,7 @@ def pretrain(args, signals, at_end):
                 utils.set_random_state(progress["random"][process.rank], device)
             except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
-        batches = loader.device_batches(data_loader, device, photometry)
+        batches = loader.device_batches(data_loader, device, photometry, pixel_stats)
         check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
             ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),
@@ -813,7 +871,7 @@ def checkpoint_files(output_dir):
 
 def run_files(output_dir):
     """What a run writes into its folder, as far as it is there."""
-    others = (output_dir / name for name in ("log.txt", "tf_logs", loader.BAD_IMAGES))
+    others = (output_dir / name for name in ("log.txt", "tf_logs", pictures.CROPS, loader.BAD_IMAGES))
     return checkpoint_files(output_dir) + [path for path in others if path.exists()]
 
 

@@ -447,6 +447,15 @@ def load_checkpoint(path):
         raise InputError(f"checkpoint {path}: cannot be read safely ({reason})") from error
 
 
+def safetensors_metadata(path):
+    """The texts by name in the head of a `.safetensors` file; empty for any other file."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def printable(text, length=60):
     """`text` of a foreign file for a message of one line: cut to `length`, escapes for what is no printable character."""
     text = repr(str(text)[:length + 1])[1:-1]
@@ -829,6 +838,15 @@ def load_scaler(scaler, state_dict, path):
     scaler.load_state_dict({**scaler.state_dict(), "scale": float(scale), "_growth_tracker": grown})
 
 
+def stored_args(checkpoint, path):
+    """The arguments that a checkpoint holds, as a dictionary, empty where it has none. Raises InputError for others."""
+    stored = checkpoint.get("args", {})
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    if not isinstance(stored, dict):
+        raise InputError(f"checkpoint {path}: its args are a {type(stored).__name__}")
+    return stored
+
+
 def load_pretraining(path):
     """`load_checkpoint` for a file to resume from. Raises InputError when an entry is missing or of another kind."""
     checkpoint = load_checkpoint(path)
@@ -838,8 +856,7 @@ def load_pretraining(path):
         raise InputError(f"checkpoint {path} is no pre-training checkpoint: it lacks {', '.join(missing)}")
     if isinstance(checkpoint["epoch"], bool) or not 0 <= checkpoint["epoch"] < 2**31:
         raise InputError(f"checkpoint {path}: its epoch is {printable(checkpoint['epoch'])}")
-    if not isinstance(checkpoint.get("args", {}), (argparse.Namespace, dict)):
-        raise InputError(f"checkpoint {path}: its args are a {type(checkpoint['args']).__name__}")
+    stored_args(checkpoint, path)
     return checkpoint
 
 

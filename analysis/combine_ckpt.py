@@ -68,7 +68,7 @@ def main():
                                f"{backbone.key} of {args.checkpoint_backbone}")
     settings = feature_settings(stored, backbone.arch) | {
         "arch": backbone.arch, "patch_size": backbone.patch_size, "window_size": backbone.window_size,
-        "global_crops_size": backbone.image_size}
+        "global_crops_size": backbone.image_size, **backbone.pixel_stats.as_settings()}
     dim = feature_dim(backbone.model, settings["n_last_blocks"], settings["avgpool_patchtokens"])
     if weight.shape[1] != dim:
         raise utils.InputError(f"checkpoint {args.checkpoint_linear}: its head takes {weight.shape[1]} features, "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
 import models
@@ -17,6 +17,7 @@ from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone, read_weights
 from evaluation.common.data import ImageSet
 from loader import CheckedImageFolder, normalize
+from pictures import font
 
 # ---------------------------------------------------------------- flags and the network
 
@@ -97,6 +98,13 @@ def mass_mask(weights, mass):
     return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
+def check_same_pixels(backbone, other, flag):
+    """Raise InputError, naming `flag`, unless two networks take the same images."""
+    if backbone.pixel_stats != other.pixel_stats:
+        raise utils.InputError(f"{flag}: its images are normalised with {other.pixel_stats}, the others with "
+                               f"{backbone.pixel_stats}")
+
+
 # ---------------------------------------------------------------- images
 
 def image_folder(path, transform=None):
@@ -105,7 +113,7 @@ def image_folder(path, transform=None):
     return ImageSet(Path(path).name, folder.root, folder.samples, folder.targets, folder.classes, transform)
 
 
-def squared(height, width):
+def squared(height, width, normalize=normalize):
     """PIL image -> normalised float32 [3, height, width]; the aspect is not kept, as in the reference."""
     return v2.Compose([v2.Resize((height, width)), v2.PILToTensor(), normalize])
 
@@ -162,13 +170,6 @@ def enlarge(picture, least):
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def fit(picture, side):
-    """A PIL image with its longer side at `side` pixels; small ones keep visible pixels."""
-    scale = side / max(picture.size)
-    size = [max(1, round(length * scale)) for length in picture.size]
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
-
-
 def beside(pictures, gap=0, background="white"):
     """PIL images in a row, tops aligned."""
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
@@ -185,10 +186,6 @@ def divided(picture, parts):
     for x in range(width, picture.width, width):
         ImageDraw.Draw(picture).rectangle((x - 3, 0, x - 1, picture.height), fill="white")
     return picture
-
-
-def font(size):
-    return ImageFont.load_default(size=size)
 
 
 def tag(picture, text):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import loader
@@ -26,9 +26,9 @@ from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import eval_transform, image_folders
 from evaluation.common.features import extract_features, pool_features, sharded_loader
 from evaluation.common.knn import knn_classify, topk_accuracy
+from pictures import CROPS, TILE, fit, save_grid
 
 K = 10  # neighbours
-TILE, GAP, TITLE = 112, 6, 22  # pixels of the pictures
 
 
 # ---------------------------------------------------------------- data
@@ -58,7 +58,7 @@ def write_digits(folder):
     print(f"{folder}: {parts['train']} training and {parts['val']} validation images of digits, {written} new")
 
 
-def train_and_val(data_path, size):
+def train_and_val(data_path, size, normalize=loader.normalize):
     """Data sets of (image, label, index) to compare with, for images of `size` pixels: (train, val).
 
     DATA/train and DATA/val where these are (`data_path` may name either DATA or DATA/train). Otherwise every fifth
@@ -67,8 +67,8 @@ def train_and_val(data_path, size):
     path = Path(data_path)
     for root in (path, path.resolve().parent):
         if (root / "val").is_dir() and (root == path or path.resolve().name == "train") and (root / "train").is_dir():
-            return image_folders(root, size)
-    parts = [loader.ImageFolderInstance(path, transform=eval_transform(size)) for _ in ("train", "val")]
+            return image_folders(root, size, normalize)
+    parts = [loader.ImageFolderInstance(path, transform=eval_transform(size, normalize)) for _ in ("train", "val")]
     samples, seen, val = parts[0].samples, {}, []
     for _, label in samples:
         seen[label] = seen.get(label, 0) + 1
@@ -113,55 +113,15 @@ def compare_knn(trained, train, val, args, process):
 
 # ---------------------------------------------------------------- pictures
 
-def save_grid(rows, titles, path):
-    """Write rows of tiles under column titles as one picture."""
-    step = TILE + GAP
-    canvas = Image.new("RGB", (GAP + step * len(titles), TITLE + GAP + step * len(rows)), "white")
-    draw, font = ImageDraw.Draw(canvas), common.font(12)
-    for column, title in enumerate(titles):
-        draw.text((GAP + column * step + TILE / 2, TITLE / 2 + 2), title, fill="black", font=font, anchor="mm")
-        for row, tiles in enumerate(rows):
-            canvas.paste(tiles[column], (GAP + column * step, TITLE + GAP + row * step))
-    canvas.save(path)
-
-
 def spread(length, count=6):
     """Up to `count` indices, evenly over 0..length-1."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
-
-
-def draw_crops(args, path):
-    """Some images with the crops that training made of them; patches masked for the student are grey."""
-    local = min(args.local_crops_number, 4)
-    dataset = loader.ImageFolderMask(
-        args.data_path,
-        transform=loader.MultiCropAugmentation(args.global_crops_number, args.global_crops_scale, local,
-                                               args.local_crops_scale, args.global_crops_size, args.local_crops_size),
-        patch_size=models.mask_cell(args.arch, args.patch_size), pred_ratio=args.pred_ratio,
-        pred_ratio_var=args.pred_ratio_var, pred_shape=args.pred_shape, pred_start_epoch=args.pred_start_epoch,
-        seed=args.seed, on_bad_image=args.on_bad_image)
-    dataset.set_epoch(args.epochs - 1)  # the first ones may be without masks
-    rows = []
-    for index in spread(len(dataset)):
-        try:
-            original = common.fit(loader.load_rgb(dataset.samples[index][0]), TILE)
-        except loader.BadImage:  # training skipped and counted it
-            continue
-        crops, _, masks = dataset[index]
-        crops = [crop.permute(1, 2, 0).numpy().copy() for crop in crops]  # uint8 [S, S, 3]
-        if args.use_masked_im_modeling:
-            for crop, mask in zip(crops, masks):  # noqa: B905 - local crops have no mask
-                crop[np.kron(mask, np.ones((dataset.patch_size, dataset.patch_size), dtype=bool))] = 128
-        rows.append([original] + [common.fit(Image.fromarray(crop), TILE) for crop in crops])
-    titles = ["image"] + [f"global crop {i + 1}" for i in range(args.global_crops_number)] + ["local crop"] * local
-    save_grid(rows, titles, path)
 
 
 @torch.inference_mode()
 def draw_attention(trained, dataset, process, path):
     """Where [CLS] looks in the last block of a ViT, a column a head; dark is the smallest value of a map."""
     model, rows = trained.model.to(process.device), []
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (loader.IMAGENET_MEAN, loader.IMAGENET_STD))
     for index in spread(len(dataset)):
         try:
             image, _, _ = dataset[index]  # [3, S, S]
@@ -169,8 +129,8 @@ def draw_attention(trained, dataset, process, path):
             continue
         cells = trained.image_size // trained.patch_size
         attention = common.cls_attention(model, image[None].to(process.device))[0].view(-1, cells, cells)  # [heads, h, w]
-        pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-        pixels = common.fit(Image.fromarray(pixels), TILE)
+        pixels = loader.denormalize(image, trained.pixel_stats).permute(1, 2, 0).numpy()
+        pixels = fit(Image.fromarray(pixels), TILE)
         heats = [Image.fromarray(common.heat_map(weights, "inferno")) for weights in attention.cpu().numpy()]
         rows.append([pixels, *(Image.blend(pixels, heat.resize(pixels.size, Image.Resampling.BILINEAR), 0.75)
                                for heat in heats)])
@@ -197,14 +157,14 @@ def report(folder):
         raise utils.InputError(f"checkpoint {checkpoint}: no run of main_ibot.py (it holds no args)")
     process = utils.init_process(args.device)
     trained = load_evaluated_backbone(checkpoint, "teacher")
-    train, val = train_and_val(args.data_path, trained.image_size)
+    train, val = train_and_val(args.data_path, trained.image_size, trained.normalize)
     lines = [compare_knn(trained, train, val, args, process), losses(folder / "log.txt"), ""]
 
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
-    draw_crops(args, pictures / "crops.png")
-    files = [(checkpoint, "the networks"), (folder / "log.txt", "a line of JSON per epoch"),
-             (pictures / "crops.png", "what the student sees: crops, masked patches in grey")]
+    files = [(checkpoint, "the networks"), (folder / "log.txt", "a line of JSON per epoch")]
+    if (folder / CROPS).exists():
+        files.append((folder / CROPS, "what the student sees: crops of the first batch, masked patches in grey"))
     if args.arch.startswith("swin"):
         files.append(("(no attention picture)", "a Swin has no [CLS] token"))
     else:

@@ -26,6 +26,7 @@ from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.charts import draw_curves, loss_curves, read_log
 from evaluation.common.pages import page, section
+from pictures import CROPS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -209,7 +210,7 @@ def training_section(folder, out):
         return None  # a log of something else
     draw_curves(curves, "Losses of pre-training", out / "loss.png")
     return section("Training", figures([
-        (out, "loss.png", 1, ""), (folder / "pictures", "crops.png", 1, "What the student sees: masked patches are grey")]))
+        (out, "loss.png", 1, ""), (folder, CROPS, 1, "What the student sees: masked patches are grey")]))
 
 
 def main():

@@ -3,6 +3,7 @@
     python benchmarks/data_loader.py                   # 2 x 224 + 10 x 96 from JPEGs of about 500 x 375
     python benchmarks/data_loader.py --images 200 --batches 60
     python benchmarks/data_loader.py --write FOLDER --images 2000   # only the JPEGs
+    python benchmarks/data_loader.py --moments 2500 --sizes 64 32   # whether both paths give the same crops
 
 One process, one thread; the three paths alternate batch by batch, so that all meet the same noise, and the ratios are
 those of the medians. Time is CPU time from the file to the collated batch, as a worker of a DataLoader spends it.
@@ -44,6 +45,9 @@ def get_args():
     parser.add_argument("--device_batch", default=64, type=int, help="images a batch of the photometry on the device")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="of that photometry")
     parser.add_argument("--write", default=None, type=Path, metavar="FOLDER", help="write the JPEGs there and end")
+    parser.add_argument("--moments", default=0, type=int, metavar="SAMPLES", help="only compare the moments of crops, four "
+                        "of each sample, between the two paths, for each preset of the augmentation")
+    parser.add_argument("--sizes", default=[224, 96], type=int, nargs=2, help="of global and local crops of --moments")
     parser.add_argument("--seed", default=0, type=int)
     return parser.parse_args()
 
@@ -141,6 +145,56 @@ class PlainFolder(Dataset):
         return crops, label, [plain_mask(crop.shape[1] // 16, crop.shape[2] // 16, plain_ratio()) for crop in crops]
 
 
+# ---------------------------------------------------------------- moments of both paths
+
+def crop_moments(preset, images, count, sizes=(224, 96), seed=0):
+    """Moments of single crops of both paths with a preset of the augmentation.
+
+    `count` samples of 2 global and 2 local crops of `sizes` pixels are made of PIL `images` in turn, by each path from
+    draws of its own. Returns {kind of crop: (device, worker)}, float32 [count, 14] each: mean and spread of the channels,
+    mean difference of neighbours to the right and downwards, whether grey, whether dark throughout, red and green of the
+    left half less the right one, of the top less the bottom.
+    """
+    def moments(crops):
+        x = crops.float()  # [n, 3, S, S]
+        half = x.shape[-1] // 2
+        return torch.cat([
+            x.mean((2, 3)), x.std((2, 3)), x.diff(dim=3).abs().mean((1, 2, 3), keepdim=True)[:, 0, 0],
+            x.diff(dim=2).abs().mean((1, 2, 3), keepdim=True)[:, 0, 0],
+            ((x.amax(1) - x.amin(1)).amax((1, 2)) <= 1).float()[:, None], (x.amax((1, 2, 3)) < 128).float()[:, None],
+            x[..., :half].mean((2, 3))[:, :2] - x[..., half:].mean((2, 3))[:, :2],
+            x[:, :2, :half].mean((2, 3)) - x[:, :2, half:].mean((2, 3))], dim=1)
+
+    worker, device = (loader.MultiCropAugmentation(
+        local_crops_number=2, global_crops_size=sizes[0], local_crops_size=sizes[1], photometry=where,
+        augment=loader.AUGMENT_PRESETS[preset]) for where in ("cpu", "device"))
+    torch.manual_seed(seed)
+    found = {name: ([], []) for name in ("first global", "other global", "local", "second local")}
+    for first in range(0, count, 100):
+        batch = [images[i % len(images)] for i in range(first, min(first + 100, count))]
+        crops, rows = zip(*map(device, batch), strict=True)
+        ours = [loader.apply_photometry(torch.stack(x), torch.stack(r))
+                for x, r in zip(zip(*crops, strict=True), zip(*rows, strict=True), strict=True)]
+        theirs = [torch.stack(x) for x in zip(*map(worker, batch), strict=True)]
+        for parts, *pair in zip(found.values(), ours, theirs, strict=True):
+            for part, x in zip(parts, pair, strict=True):
+                part.append(moments(x))
+    return {name: tuple(map(torch.cat, parts)) for name, parts in found.items()}
+
+
+def print_moments(images, samples, sizes, seed):
+    """The largest difference between the paths for each preset, in standard errors and as a share of the spread."""
+    print(f"\nmoments of {4 * samples} crops by each path, {sizes[0]} and {sizes[1]} pixels: largest difference of means")
+    print(f"{'':24}{'standard errors':>18}{'standard deviations':>22}")
+    for preset in loader.AUGMENT_PRESETS:
+        worst = [0.0, 0.0]
+        for ours, theirs in crop_moments(preset, images, samples, sizes, seed).values():
+            spread = ((ours.var(0) + theirs.var(0)) / 2).sqrt()
+            difference = torch.where(spread > 0, (ours.mean(0) - theirs.mean(0)).abs() / spread, 0).max().item()
+            worst = [max(worst[0], difference * (samples / 2) ** 0.5), max(worst[1], difference)]
+        print(f"{preset:24}{worst[0]:18.2f}{worst[1]:22.4f}", flush=True)
+
+
 # ---------------------------------------------------------------- measurements
 
 def processor_name():
@@ -185,9 +239,9 @@ def stages(dataset, batch, batches):
             path, label = dataset.samples[index % len(dataset)]
             image = timed("decode", loader.load_rgb, path)
             pixels = timed("to an array", np.asarray, image)
-            boxes, flips, rows = timed("draws", augmentation.draw, *image.size)
-            crops = timed("crops", augmentation.cut, pixels, boxes, [False] * len(boxes))
-            turned = [crop for crop, flip in zip(crops, flips, strict=True) if flip]
+            boxes, turns, rows = timed("draws", augmentation.draw, *image.size)
+            crops = timed("crops", augmentation.cut, pixels, boxes, [(False, False, 0)] * len(boxes))
+            turned = [crop for crop, (flip, _, _) in zip(crops, turns, strict=True) if flip]
             timed("flips", lambda crops: [crop.flip(2) for crop in crops], turned)
             masks = timed("masks", lambda crops: [dataset._draw_mask(crop, rng) for crop in crops], crops[:2])
             timed("photometry in the worker", lambda pairs: [loader.photometry_of_crop(*pair) for pair in pairs],
@@ -226,8 +280,11 @@ def main():
     random.seed(args.seed)
     print(f"versions: python {platform.python_version()}, torch {torch.__version__}, "
           f"torchvision {torchvision.__version__}, pillow {PIL.__version__}, numpy {np.__version__}\n"
-          f"processor: {processor_name()}, one thread\n"
-          f"crops: 2 x 224 + {args.local_crops_number} x 96; batches of {args.batch}, {args.batches} of each path")
+          f"processor: {processor_name()}, one thread")
+    if args.moments:
+        return print_moments([Image.fromarray(image) for image in load_sample_images().images], args.moments, args.sizes,
+                             args.seed)
+    print(f"crops: 2 x 224 + {args.local_crops_number} x 96; batches of {args.batch}, {args.batches} of each path")
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["XDG_CACHE_HOME"] = temporary  # the index of a folder that is soon gone
         folder = Path(temporary, "images")

@@ -43,9 +43,9 @@ def test_digits_folder_and_report(call, main, tmp_path):
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert "k-NN top-1 (k = 10, 503 validation images): untrained network" in text and "trained teacher" in text
     assert f"total {log[0]['train_loss']:.3f} -> {log[1]['train_loss']:.3f}" in text
-    for name in ("checkpoint.pth", "log.txt", "pictures/crops.png", "pictures/attention.png"):
+    for name in ("checkpoint.pth", "log.txt", "crops.png", "pictures/attention.png"):
         assert str(out / name) in text and (out / name).stat().st_size > 0
-    crops = np.asarray(Image.open(out / "pictures/crops.png"))
+    crops = np.asarray(Image.open(out / "crops.png"))
     assert crops.std() > 30 and (crops == 128).all(-1).mean() > 0.005  # masked patches are grey
 
 

@@ -92,7 +92,7 @@ def join_video(files, path, fps):
 
 
 @torch.inference_mode()
-def attention_frame(model, image, patch_size, threshold=None):
+def attention_frame(model, image, patch_size, threshold=None, normalize=normalize):
     """Mean attention of the heads to a PIL image as a heat map of its size, cut to whole patches on the right and below."""
     pixels = v2.functional.pil_to_tensor(image)
     height, width = (side // patch_size for side in pixels.shape[1:])
@@ -142,7 +142,8 @@ def main():
         resize = v2.Resize(args.resize) if args.resize else None
         for frame in frames:
             image = load_rgb(frame)
-            heat = attention_frame(model, resize(image) if resize else image, backbone.patch_size, args.threshold)
+            heat = attention_frame(model, resize(image) if resize else image, backbone.patch_size, args.threshold,
+                                   backbone.normalize)
             pictures.append(attention / f"attn-{frame.stem}.jpg")
             heat.save(pictures[-1], quality=95)
     video = folder / f"video.{args.video_format}"

@@ -100,7 +100,8 @@ def main():
     heads = args.heads or list(range(count))
     if max(heads) >= count:
         raise utils.InputError(f"--heads {max(heads)}: {backbone.arch} has the heads 0..{count - 1}")
-    transform, folder = common.squared(height, width), common.output_folder(args.output_dir, "--output_dir")
+    transform = common.squared(height, width, backbone.normalize)
+    folder = common.output_folder(args.output_dir, "--output_dir")
 
     if args.image_path:
         batches = [(transform(load_rgb(args.image_path))[None], None, None)]

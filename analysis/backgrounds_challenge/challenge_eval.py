@@ -56,7 +56,7 @@ def read_mask(path, size):
 
 
 @torch.inference_mode()
-def is_vulnerable(classifier, image, mask, label, backgrounds, batch_size, device):
+def is_vulnerable(classifier, image, mask, label, backgrounds, batch_size, device, normalize=normalize):
     """Whether any of the backgrounds, uint8 [n, 3, S, S], behind the foreground makes the class wrong."""
     for batch in backgrounds.split(batch_size):
         images = normalize((batch * (1 - mask) + image * mask).to(device))
@@ -73,14 +73,15 @@ def main():
         places = np.linspace(0, len(files) - 1, min(args.foregrounds, len(files))).round().astype(int)
         files = [files[i] for i in places]
     # Once, as bytes (0.6 GB): each is needed for every foreground.
-    images = variant_images(args.data, "only_bg_t", v2.PILToTensor())
+    images = variant_images(args.data, "only_bg_t")
     backgrounds = torch.stack([images[i][0] for i in range(len(images))])
     vulnerable, mine = torch.zeros(1, dtype=torch.float64), files[process.rank::process.world_size]
     for number, (mask_file, image_file, label) in enumerate(mine, start=1):
         image = load_rgb(image_file)
         image = v2.functional.pil_to_tensor(of_size(image, backgrounds.shape[:1:-1], image_file.parent))
         mask = read_mask(mask_file, tuple(image.shape[1:]))
-        vulnerable += is_vulnerable(classifier, image, mask, label, backgrounds, args.batch_size, process.device)
+        vulnerable += is_vulnerable(classifier, image, mask, label, backgrounds, args.batch_size, process.device,
+                                    backbone.normalize)
         if process.rank == 0 and number % 50 == 0:
             print(f"{number}/{len(mine)} foregrounds: {int(vulnerable)} vulnerable", flush=True)
     share = 100 * summed(vulnerable, process).item() / len(files)

@@ -9,7 +9,6 @@ import utils
 from analysis.classifier import classifier_parser, require
 from analysis.common import image_folder
 from evaluation.common.arguments import int_from
-from loader import normalize
 
 WHERE = "https://github.com/MadryLab/backgrounds_challenge"
 DATA = "data/imnet_bg/bg_challenge"
@@ -68,12 +67,12 @@ def of_size(image, size, folder):
     return image
 
 
-def variant_images(data, variant, transform=None):
-    """The images DATA/VARIANT/val/CLASS/*, labels 0 to 8; by default normalised tensors, not resized."""
+def variant_images(data, variant, normalize=None):
+    """The images DATA/VARIANT/val/CLASS/*, labels 0 to 8, not resized: uint8 [3, S, S], or what `normalize` makes of it."""
     folder = Path(data) / variant / "val"
     require(folder, f"{data}/VARIANT/val/CLASS/*.JPEG with the variants {', '.join(VARIANTS)}", WHERE)
     images = image_folder(folder)
     if len(images.classes) != 9:
         raise utils.InputError(f"data folder {folder}: {len(images.classes)} class folders, ImageNet-9 has 9 ({WHERE})")
     check = partial(of_size, size=images[0][0].size, folder=folder)
-    return images.with_transform(v2.Compose([check, transform or v2.Compose([v2.PILToTensor(), normalize])]))
+    return images.with_transform(v2.Compose([check, v2.PILToTensor(), normalize or v2.Identity()]))

@@ -17,7 +17,8 @@ from analysis.classifier import accuracy, record, start
 def main():
     args = in9_parser("Accuracy on the variants of ImageNet-9").parse_args()
     process, classifier, backbone = start(args, 9 if args.in9 else 1000)
-    sets = {variant: variant_images(args.data, variant) for variant in args.variants}  # all are there before the first runs
+    # All are there before the first runs.
+    sets = {variant: variant_images(args.data, variant, backbone.normalize) for variant in args.variants}
     metrics = {}
     for variant, images in sets.items():
         metrics[variant] = 100 * accuracy(classifier, images, args.batch_size, args.num_workers, process, right)

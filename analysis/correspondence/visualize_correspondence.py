@@ -27,7 +27,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 import utils
 from analysis import common
-from evaluation.common.arguments import int_from
+from evaluation.common.arguments import int_from, probability
 from evaluation.common.protocol import start_process
 from loader import normalize
 
@@ -52,6 +52,8 @@ def get_args_parser():
     parser.add_argument("--attention_arch", help="arch of --attention_from, if its file does not say")
     parser.add_argument("--attention_patch_size", type=int_from(1), help="patch size of --attention_from, if its file does "
                         "not say")
+    parser.add_argument("--hflip", type=probability, default=0.5, metavar="P",
+                        help="probability that a view of --sample_type instance is flipped")
     parser.add_argument("--seed", type=int_from(0), default=1)
     return parser
 
@@ -66,18 +68,19 @@ class TwoViews(Dataset):
     (seed, index).
     """
 
-    def __init__(self, images, size, patch_size, seed):
+    def __init__(self, images, size, patch_size, seed, hflip=0.5, normalize=normalize):
         self.images, self.size, self.cells, self.seed = images.with_transform(v2.Identity()), size, size // patch_size, seed
+        self.hflip, self.normalize = hflip, normalize
 
     def __len__(self):
         return len(self.images)
 
     def view(self, image):
         box = RandomResizedCrop.get_params(image, (0.4, 1), (3 / 4, 4 / 3))  # top, left, height, width
-        flip = bool(torch.rand(()) < 0.5)
+        flip = bool(torch.rand(()) < self.hflip)
         crop = v2.functional.resized_crop(image, *box, [self.size] * 2, v2.InterpolationMode.BICUBIC)
         crop = v2.functional.horizontal_flip(crop) if flip else crop
-        return normalize(v2.functional.pil_to_tensor(COLOUR(crop))), patch_centres(image.size, box, flip, self.cells)
+        return self.normalize(v2.functional.pil_to_tensor(COLOUR(crop))), patch_centres(image.size, box, flip, self.cells)
 
     def __getitem__(self, index):
         image, label, _ = self.images[index]
@@ -170,12 +173,12 @@ def draw_pair(views, pairs, patch_size, salience=None):
 
 # ---------------------------------------------------------------- the script
 
-def pairs_of(args, images, size, patch_size):
+def pairs_of(args, images, backbone):
     """Batches of pairs: views [B, 3, S, S] twice, centres [B, 2, n] twice (None for images of a class), labels [B]."""
     if args.sample_type == "instance":
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        views = DataLoader(Subset(TwoViews(images, size, patch_size, args.seed), order), args.batch_size,
-                           num_workers=args.num_workers)
+        views = TwoViews(images, backbone.image_size, backbone.patch_size, args.seed, args.hflip, backbone.normalize)
+        views = DataLoader(Subset(views, order), args.batch_size, num_workers=args.num_workers)
         for first, centres1, second, centres2, labels, _ in views:
             yield first, second, centres1, centres2, labels
         return
@@ -198,12 +201,13 @@ def main():
     cells, judge = size // cell, model
     if args.attention_from != "self":
         judge = common.load_vit(args.attention_from, None, args.attention_arch, args.attention_patch_size, size)[0]
+        common.check_same_pixels(backbone, judge, "--attention_from")
         judge = judge.model.to(process.device)
-    images = common.image_folder(args.data_path, common.squared(size, size))
+    images = common.image_folder(args.data_path, common.squared(size, size, backbone.normalize))
     folder = common.output_folder(args.output_path, "--output_path") if args.show_pics else None
 
     drawn, counts = 0, []  # of each batch: right matches, overlapping patches
-    for first, second, centres1, centres2, labels in pairs_of(args, images, size, cell):
+    for first, second, centres1, centres2, labels in pairs_of(args, images, backbone):
         with torch.inference_mode():
             tokens = [model(view.to(process.device), return_all_tokens=True)[:, 1:] for view in (first, second)]
             attention = common.cls_attention(judge, first.to(process.device)).cpu()

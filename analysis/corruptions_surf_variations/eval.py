@@ -53,7 +53,7 @@ def corruption_means(errors):
     return {"mean19": over(CORRUPTIONS), "mean15": over(ALEXNET), "mce": over(ALEXNET, ALEXNET)}
 
 
-def cell_images(data, corruption, severity, size, per_class=None):
+def cell_images(data, corruption, severity, size, per_class=None, normalize=normalize):
     """The images DATA/CORRUPTION/SEVERITY/WNID/*, cropped to `size`; the first `per_class` of each class."""
     folder = Path(data) / corruption / str(severity)
     require(folder, f"{data}/{LAYOUT}", WHERE)
@@ -75,7 +75,8 @@ def main():
     for corruption in args.corruptions:
         errors[corruption] = []
         for severity in SEVERITIES:
-            images = cell_images(args.data, corruption, severity, backbone.image_size, args.per_class)
+            images = cell_images(args.data, corruption, severity, backbone.image_size, args.per_class,
+                                 backbone.normalize)
             if len(images.classes) != classes:
                 raise utils.InputError(f"data folder {images.root}: {len(images.classes)} class folders, the classifier "
                                        f"has {classes} classes")

@@ -34,7 +34,7 @@ from evaluation.common.backbone import weights_hash
 from evaluation.common.clustering import load_projection_head
 from evaluation.common.features import extract_features, sharded_loader
 from evaluation.common.protocol import start_process
-from loader import normalize
+from pictures import fit, font
 
 BANK_VERSION = 1
 BLOCK = 2**26  # most logits at a time: 256 MB
@@ -193,7 +193,7 @@ def contact_sheet(tiles, columns, side):
     """Tiles in rows on white, each fitted to `side` pixels less a gap of 2; as high as they need."""
     canvas = Image.new("RGB", (columns * side, max(1, math.ceil(len(tiles) / columns)) * side), "white")
     for number, tile in enumerate(tiles):
-        canvas.paste(common.fit(tile, side - 2), (number % columns * side, number // columns * side))
+        canvas.paste(fit(tile, side - 2), (number % columns * side, number // columns * side))
     return canvas
 
 
@@ -205,7 +205,7 @@ def overview(shown, captions, columns=4, side=48):
     rows = [range(first, min(first + across, len(shown))) for first in range(0, len(shown), across)]
     heights = [head + gap + max(sheets[i].height for i in row) for row in rows]
     canvas = Image.new("RGB", (gap + across * (columns * side + gap), gap + sum(heights)), "white")
-    draw, letters, y = ImageDraw.Draw(canvas), common.font(12), gap
+    draw, letters, y = ImageDraw.Draw(canvas), font(12), gap
     for row, height in zip(rows, heights, strict=True):
         for place, i in enumerate(row):
             x = gap + place * (columns * side + gap)
@@ -218,8 +218,8 @@ def overview(shown, captions, columns=4, side=48):
 def explanation(image, patches, clusters, tiles, patch_size, side=360):
     """Figure 15: an image with its chosen patches numbered, and beside it the first tiles of the cluster of each."""
     scale = side / image.width
-    picture = common.fit(image, side)
-    draw, letters = ImageDraw.Draw(picture), common.font(max(12, round(0.3 * scale * patch_size)))
+    picture = fit(image, side)
+    draw, letters = ImageDraw.Draw(picture), font(max(12, round(0.3 * scale * patch_size)))
     for number, patch in enumerate(patches):
         row, column = divmod(patch, image.width // patch_size)
         box = [scale * patch_size * cell for cell in (column, row, column + 1, row + 1)]
@@ -257,7 +257,8 @@ def draw_all(args, backbone, bank, counts, images, folder, process):
     for index in np.linspace(0, len(images) - 1, min(args.explain, len(images))).round().astype(int).tolist():
         image = images[index][0]
         with torch.inference_mode():
-            attention = common.cls_attention(model, normalize(v2.functional.pil_to_tensor(image)[None].to(process.device)))
+            pixels = v2.functional.pil_to_tensor(image)[None].to(process.device)
+            attention = common.cls_attention(model, backbone.normalize(pixels))
         patches = distinct_patches(attention[0].mean(dim=0).cpu(), bank[index, :, 1])
         clusters = [int(bank[index, patch, 1]) for patch in patches]
         members = [tiles_of(cluster, 36) for cluster in clusters]
@@ -285,7 +286,7 @@ def main():
     if args.out_dim not in (None, K):
         raise utils.InputError(f"--out_dim {args.out_dim}: the head of {backbone.key} has {K} outputs")
     crop = common.centre(size)
-    images = common.image_folder(args.data_path, v2.Compose([crop, v2.PILToTensor(), normalize]))
+    images = common.image_folder(args.data_path, v2.Compose([crop, v2.PILToTensor(), backbone.normalize]))
 
     # ============ memory bank ============
     temperature = args.temperature if args.confidence == "probability" else None
@@ -293,7 +294,8 @@ def main():
     if process.rank == 0:
         key = {"version": BANK_VERSION, "type": args.type, "weights": backbone.weights_hash, "head": weights_hash(head),
                "images": images.fingerprint(), "count": len(images), "arch": backbone.arch,
-               "patch size": backbone.patch_size, "image size": size, "temperature": temperature}
+               "patch size": backbone.patch_size, "image size": size, "temperature": temperature,
+               **backbone.pixel_stats.as_settings()}
         bank, reason = kept_bank(bank_file, key)
         print(f"memory bank: {reason}", flush=True)
     if not utils.host_reduce(int(bank is not None)):

@@ -89,7 +89,8 @@ def probe(args, keys, backbone, train, val, process):
     total_batch = args.batch_size * process.world_size
     settings = {"arch": backbone.arch, "patch_size": backbone.patch_size, "image_size": backbone.image_size,
                 "weights_hash": backbone.weights_hash, "data_path": train.root, "train_images": len(train),
-                "val_images": len(val), "reverse_top": args.reverse_top, **probe_settings(args, configs, total_batch)}
+                "val_images": len(val), "reverse_top": args.reverse_top, **probe_settings(args, configs, total_batch),
+                **backbone.pixel_stats.as_settings()}
     runs = [ProbeRun(backbone.key, folder_of(args, keys, backbone.key, k), configs, D, len(train.classes),
                      settings | {"topk": k}, True, process, f"{backbone.key}, k = {k}") for k in args.topk]
     for run in runs:
@@ -99,8 +100,8 @@ def probe(args, keys, backbone, train, val, process):
         fn = feature_fn(model, args.topk, args.reverse_top)
 
         def of_centre_crops(images):
-            loader = sharded_loader(images.with_transform(eval_transform(backbone.image_size)), args.batch_size,
-                                    args.num_workers, process)
+            cut = images.with_transform(eval_transform(backbone.image_size, backbone.normalize))
+            loader = sharded_loader(cut, args.batch_size, args.num_workers, process)
             return everywhere(*extract_features(fn, loader, process, images.name), (len(images), len(runs) * D), process)
 
         val_features, val_labels = of_centre_crops(val)

@@ -18,7 +18,6 @@ import utils
 from analysis.classifier import classifier_parser, record, require, start
 from analysis.common import centre, image_folder
 from evaluation.common.features import extract_features, sharded_loader
-from loader import normalize
 
 WHERE = "https://github.com/hendrycks/natural-adv-examples"
 
@@ -67,7 +66,7 @@ def main():
     args = get_args_parser().parse_args()
     process, classifier, backbone = start(args, 1000)
     require(Path(args.data), f"{args.data}/WNID/*.jpg, the 200 folders of imagenet-a.tar", WHERE)
-    images = image_folder(args.data, v2.Compose([centre(backbone.image_size), v2.PILToTensor(), normalize]))
+    images = image_folder(args.data, v2.Compose([centre(backbone.image_size), v2.PILToTensor(), backbone.normalize]))
     if len(images.classes) != len(CLASSES):
         raise utils.InputError(f"data folder {args.data}: {len(images.classes)} class folders, ImageNet-A has 200; "
                                "is it the folder imagenet-a itself?")

@@ -26,7 +26,6 @@ from analysis import common
 from analysis.classifier import classifier_parser, own_batches, record, require, start, summed
 from evaluation.common.arguments import int_from
 from evaluation.common.charts import draw_curves
-from loader import normalize
 
 GROUP = 1024  # images that share a choice, the reference's batch
 STEPS = 10
@@ -198,8 +197,10 @@ def grids_of(args, size, patch_size):
 def saliency_of(args, backbone, device):
     """A function from normalised images [B, 3, S, S] to the attention [B, N] that says what is salient."""
     if args.saliency_from != "self":
+        tested = backbone
         backbone, _ = common.load_vit(args.saliency_from, None, args.saliency_arch, args.saliency_patch_size,
                                       backbone.image_size)
+        common.check_same_pixels(tested, backbone, "--saliency_from")
     elif backbone.arch.startswith("swin"):
         raise utils.InputError("--dino: a Swin has no [CLS]; give a ViT's checkpoint as --saliency_from")
     model = backbone.model.to(device)
@@ -258,7 +259,7 @@ def main():
     crop = common.centre(size, args.scale_size, args.bicubic_resize)
     require(Path(args.data), f"{args.data}/WNID/*.JPEG, ImageNet's validation images in a folder for each class",
             "https://www.image-net.org")
-    images = common.image_folder(args.data, v2.Compose([crop, v2.PILToTensor(), normalize]))
+    images = common.image_folder(args.data, v2.Compose([crop, v2.PILToTensor(), backbone.normalize]))
     if len(images.classes) != len(classifier.linear.bias):
         raise utils.InputError(f"--test_data {args.data}: {len(images.classes)} class folders, the classifier has "
                                f"{len(classifier.linear.bias)} classes")

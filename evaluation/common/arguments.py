@@ -16,6 +16,13 @@ def int_from(minimum):
     return parse
 
 
+def probability(text):
+    """argparse type for numbers of 0..1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 0..1, not {text}")
+    return float(text)
+
+
 def evaluation_parser(description, frozen=True, labelled=True):
     """An `ArgumentParser` with the shared flags; a protocol adds its own and overrides defaults with `set_defaults`.
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from evaluation.common.data import epoch_order
-from loader import IMAGENET_MEAN, IMAGENET_STD, MAX_BAD_IN_A_ROW, BadImage, normalize
+from loader import IMAGENET, MAX_BAD_IN_A_ROW, BadImage, normalize
 from utils import InputError
 
 REPEATS = 3  # of an image in an epoch of repeated augmentation
@@ -41,7 +41,7 @@ def _posterize(image, bits, **kwargs):
 
 
 def train_transform(size, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, interpolation="bicubic", erase_prob=0.25,
-                    erase_mode="pixel", erase_count=1, flip_prob=0.5):
+                    erase_mode="pixel", erase_count=1, flip_prob=0.5, stats=IMAGENET):
     """PIL RGB image -> normalised float32 [3, size, size], by timm's recipe (section 1.8 of the protocols).
 
     A random crop, a flip, `auto_augment` (None: the colour jitter, which timm leaves out otherwise), random erasing. Images
@@ -51,8 +51,8 @@ def train_transform(size, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4,
     try:
         transform = create_transform(
             size, is_training=True, auto_augment=auto_augment, color_jitter=color_jitter, interpolation=interpolation,
-            re_prob=erase_prob, re_mode=erase_mode, re_count=erase_count, hflip=flip_prob, mean=IMAGENET_MEAN,
-            std=IMAGENET_STD)
+            re_prob=erase_prob, re_mode=erase_mode, re_count=erase_count, hflip=flip_prob, mean=stats.mean,
+            std=stats.std)
     except (AssertionError, ValueError) as error:  # how timm refuses the name of a policy
         raise InputError(f"--aa {auto_augment}: no policy of timm ({error})") from error
     for part in transform.transforms:
@@ -65,7 +65,7 @@ def train_transform(size, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4,
     return transform
 
 
-def val_transform(size, crop_pct=None, interpolation="bicubic"):
+def val_transform(size, crop_pct=None, interpolation="bicubic", normalize=normalize):
     """PIL RGB image -> normalised float32 [3, size, size]: shorter side to size / crop_pct, centre crop.
 
     `crop_pct` is by default 224/256; from 384 pixels on, and up to 32, it is 1.

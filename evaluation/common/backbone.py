@@ -1,14 +1,15 @@
 """The frozen backbone that an evaluation looks at."""
-import argparse
 import hashlib
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 import models
 import utils
+from loader import IMAGENET, PixelStats, normalize, stored_pixel_stats
 
 RANDOM_SEED = 0  # the untrained baseline is one fixed network, the same in every process
 MOST_CELLS = 512  # patches along a side of the images that a checkpoint was trained on
@@ -19,6 +20,7 @@ class EvaluatedBackbone:
     """`model`: on the CPU, in evaluation mode, single precision, no gradients. Sizes in pixels (window: tokens).
 
     `key`: the checkpoint's entry that it came from. `weights_hash`: sha256 of its names and tensors (see `weights_hash`).
+    `pixel_stats`: what its images are normalised with.
     """
     model: torch.nn.Module
     key: str
@@ -27,6 +29,12 @@ class EvaluatedBackbone:
     patch_size: int
     window_size: int
     image_size: int
+    pixel_stats: PixelStats = IMAGENET
+
+    @property
+    def normalize(self):
+        """`loader.normalize` with the statistics that the network was trained with."""
+        return partial(normalize, stats=self.pixel_stats)
 
 
 def read_weights(weights):
@@ -40,17 +48,15 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     """Build the backbone of a checkpoint and load its entry `key`.
 
     Reads what this project and the reference write, DINO's checkpoints and backbones, extracted backbones and timm's
-    ViT and Swin weights. Settings that are None are those of the checkpoint's own `args`, else vit_small, 16, 7 and 224.
+    ViT and Swin weights. Settings that are None are those of the checkpoint's own `args`, else vit_small, 16, 7 and 224;
+    the statistics of pixels are always those of the file, else ImageNet's.
     The word `random` as `weights` gives an untrained network. `checkpoint`: content of the file, if it is read already.
     Raises InputError for a missing file or key and for weights that do not fit, with what is missing.
     """
     checkpoint = read_weights(weights) if checkpoint is None else checkpoint
     state = None if weights == "random" else _reference_names(utils.backbone_state_dict(checkpoint, key, weights))
 
-    stored = checkpoint.get("args", {})
-    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
-    if not isinstance(stored, dict):
-        raise utils.InputError(f"checkpoint {weights}: its args are a {type(stored).__name__}")
+    stored = utils.stored_args(checkpoint, weights)
     arch = arch or stored.get("arch", "vit_small")
     if not isinstance(arch, str) or arch not in models.ARCHS:
         raise utils.InputError(f"checkpoint {weights}: its arch, {_shown(arch)}, is not one of {', '.join(models.ARCHS)}")
@@ -85,10 +91,11 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
         except utils.InputError as error:
             raise utils.InputError(f"{error} (the network is {arch}, {sizes}; see --arch)") from error
         source = f"{key} of {weights}"
+    stats = IMAGENET if weights == "random" else stored_pixel_stats(checkpoint, weights)
     if utils.is_main_process():
-        print(f"backbone {arch}, {sizes}, images of {image_size} pixels: {source}", flush=True)
+        print(f"backbone {arch}, {sizes}, images of {image_size} pixels, normalised with {stats}: {source}", flush=True)
     model = model.float().eval().requires_grad_(False)
-    return EvaluatedBackbone(model, key, weights_hash(model), arch, patch_size, window_size, image_size)
+    return EvaluatedBackbone(model, key, weights_hash(model), arch, patch_size, window_size, image_size, stats)
 
 
 def _shown(value):

@@ -35,7 +35,7 @@ DATASETS = {
 DOWNLOADABLE = ("cifar10", "cifar100", "flowers", "inat2021", "inat2021_mini")
 
 
-def eval_transform(size):
+def eval_transform(size, normalize=normalize):
     """PIL image -> normalised float32 [3, size, size]: shorter side to 256/224 of `size` (bicubic), centre crop."""
     return v2.Compose([v2.Resize(round(size * 256 / 224), interpolation=v2.InterpolationMode.BICUBIC),
                        v2.CenterCrop(size), v2.PILToTensor(), normalize])
@@ -162,13 +162,13 @@ def _missing(dataset, root, reason):
     return f"--dataset {dataset}: cannot be read from {root} ({reason}); expected there: {DATASETS[dataset][1]}{hint}"
 
 
-def image_folders(data_path, size):
-    """The data sets DATA/train and DATA/val of (image, label, index), both through `eval_transform(size)`.
+def image_folders(data_path, size, normalize=normalize):
+    """The data sets DATA/train and DATA/val of (image, label, index), both through `eval_transform(size, normalize)`.
 
     Labels follow train's sorted class folders: a class of val gets the number of train's folder of the same name, so
     that val may lack classes. Raises InputError for a missing or empty folder and for a class that train does not have.
     """
-    transform = eval_transform(size)
+    transform = eval_transform(size, normalize)
     train, val = (ImageFolderInstance(Path(data_path) / part, transform) for part in ("train", "val"))
     _renumber(train, val)
     return train, val

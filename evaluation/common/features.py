@@ -111,7 +111,8 @@ def frozen_features(backbone, images, process, n_last_blocks=1, avgpool_patchtok
     """
     key = {"version": FEATURES_VERSION, "weights": backbone.weights_hash, "images": None, "count": len(images),
            "arch": backbone.arch, "patch size": backbone.patch_size, "window size": backbone.window_size,
-           "image size": backbone.image_size, "n_last_blocks": n_last_blocks, "avgpool_patchtokens": avgpool_patchtokens}
+           "image size": backbone.image_size, "pixel statistics": str(backbone.pixel_stats),
+           "n_last_blocks": n_last_blocks, "avgpool_patchtokens": avgpool_patchtokens}
     main = process.rank == 0
     name = f"{images.name} {backbone.key} n{n_last_blocks} avgpool{avgpool_patchtokens}.pth"
     name = name.replace(os.sep, "-").replace(" ", "_")
@@ -131,7 +132,8 @@ def frozen_features(backbone, images, process, n_last_blocks=1, avgpool_patchtok
         values = len(images) * feature_dim(backbone.model, n_last_blocks, avgpool_patchtokens)
         _say_size(4 * values + 8 * len(images), images.name, dump_to)
     model = backbone.model.to(process.device)
-    loader = sharded_loader(images.with_transform(eval_transform(backbone.image_size)), batch_size, num_workers, process)
+    cut = images.with_transform(eval_transform(backbone.image_size, backbone.normalize))
+    loader = sharded_loader(cut, batch_size, num_workers, process)
     features, labels = extract_features(lambda batch: pool_features(model, batch, n_last_blocks, avgpool_patchtokens),
                                         loader, process, images.name)
     if main and dump_to:

@@ -460,7 +460,7 @@ def save(folder, epoch, args, training, names=()):
     utils.check_finite([training.model] + [average] * (average is not None), epoch)
     # With what the evaluations of frozen weights look for.
     known = {"arch": source.arch, "patch_size": source.patch_size, "window_size": source.window_size,
-             "global_crops_size": source.image_size}
+             "global_crops_size": source.image_size, **source.pixel_stats.as_settings()}
     state = {"model": network_state(training.model), "optimizer": training.optimizer.state_dict(), "epoch": epoch,
              "args": argparse.Namespace(**vars(args) | known), "progress": training.progress}
     if average is not None:
@@ -605,13 +605,13 @@ def build_loaders(args, sets, source, process):
               "worker_init_fn": utils.ignore_signals}
     dataset = AugmentedSet(train, train_transform(
         source.image_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount,
-        args.hflip), args.seed, args.on_bad_image)
+        args.hflip, source.pixel_stats), args.seed, args.on_bad_image)
     batches = UpdateBatches(len(train), args.batch_size_per_gpu, args.accum_iter, process, args.seed, args.repeated_aug)
     if not batches.steps and not args.eval:
         total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
         raise utils.InputError(f"{train.name}: {len(train)} images are fewer than one batch of {total_batch}; lower "
                                f"--batch_size_per_gpu{' or --accum_iter' * (args.accum_iter > 1)}")
-    transform = val_transform(source.image_size, args.crop_pct, args.val_interpolation)
+    transform = val_transform(source.image_size, args.crop_pct, args.val_interpolation, source.normalize)
     return (DataLoader(dataset, batch_sampler=batches, pin_memory=process.device.type == "cuda",
                        generator=torch.Generator(), **common),
             sharded_loader(val.with_transform(transform), max(1, args.batch_size_per_gpu * 3 // 2), process=process,

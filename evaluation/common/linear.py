@@ -21,12 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import utils
-from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from
+from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from, probability
 from evaluation.common.data import epoch_order
 from evaluation.common.features import feature_dim, frozen_features, pool_features
 from evaluation.common.protocol import read_backbones, read_sets, start_process
 from evaluation.common.results import append_result, results_folder, shared_settings
-from loader import normalize
 
 MOMENTUM, LARS_ETA = 0.9, 0.001
 
@@ -157,10 +156,10 @@ class AugmentedImages(Dataset):
     A crop is a pure function of (seed, epoch, index), whatever the number of workers and processes.
     """
 
-    def __init__(self, images, size, seed):
+    def __init__(self, images, size, seed, hflip=0.5):
         self.seed = seed
         self.images = images.with_transform(v2.Compose([
-            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR), v2.RandomHorizontalFlip(),
+            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR), v2.RandomHorizontalFlip(hflip),
             v2.PILToTensor()]))
 
     def __len__(self):
@@ -206,7 +205,7 @@ def gather_shares(tensor, total, process):
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]  # row i is row i // W of share i % W
 
 
-def image_batches(loader, targets, model_fn, process):
+def image_batches(loader, targets, model_fn, normalize, process):
     """Batches (features [B, F], labels [B]) on the device, from a loader of `AugmentedImages` with `ShareOfBatches`."""
     shares = loader.batch_sampler
     batches = epoch_order(shares.n, shares.seed, shares.epoch).split(shares.batch_size)
@@ -357,6 +356,8 @@ def add_probe_flags(parser):
     linear.add_argument("--epochs", type=int_from(1), default=100)
     linear.add_argument("--augment", type=utils.bool_flag, default=True,
                         help="train on random crops; false: on centre crops, whose features are extracted once")
+    linear.add_argument("--hflip", type=probability, default=0.5, metavar="P",
+                        help="probability of a flip of these random crops; 0 for digits and the like")
     linear.add_argument("--val_freq", type=int_from(1), default=1,
                         help="epochs between validations and checkpoints; the last epoch always has one")
     linear.add_argument("--seed", type=int_from(0), default=0, help="of first weights, order of images and crops")
@@ -637,7 +638,7 @@ def probe(args, configs, protocol, key, folder, backbone, train, val, process):
 def probe_settings(args, configs, total_batch):
     """What results.json records of how heads were trained."""
     return {"heads": len(configs), "epochs": args.epochs, "total_batch": total_batch, "augment": args.augment,
-            "seed": args.seed}
+            "hflip": args.hflip, "seed": args.seed}
 
 
 def kept_features(args, backbone, images, dim, process):
@@ -669,11 +670,11 @@ def augmented_epochs(args, backbone, train, total_batch, process, model_fn=None)
     model, targets = backbone.model.to(process.device), torch.from_numpy(train.targets)
     model_fn = model_fn or (lambda images: pool_features(model, images, args.n_last_blocks, args.avgpool_patchtokens))
     shares = ShareOfBatches(len(train), total_batch, process, args.seed)
-    loader = DataLoader(AugmentedImages(train, backbone.image_size, args.seed), batch_sampler=shares,
+    loader = DataLoader(AugmentedImages(train, backbone.image_size, args.seed, args.hflip), batch_sampler=shares,
                         num_workers=args.num_workers, pin_memory=process.device.type == "cuda",
                         persistent_workers=args.num_workers > 0)
 
     def batches_of(epoch):
         shares.epoch = epoch
-        return image_batches(loader, targets, model_fn, process)
+        return image_batches(loader, targets, model_fn, backbone.normalize, process)
     return batches_of

@@ -20,7 +20,8 @@ def shared_settings(args, backbone, train, val):
             "image_size": backbone.image_size, "weights_hash": backbone.weights_hash,
             "n_last_blocks": args.n_last_blocks, "avgpool_patchtokens": args.avgpool_patchtokens,
             "dataset": args.dataset, "data_path": train.root, "train_subset": args.train_subset,
-            "subset_seed": args.subset_seed, "train_images": len(train), "val_images": len(val)}
+            "subset_seed": args.subset_seed, "train_images": len(train), "val_images": len(val),
+            **backbone.pixel_stats.as_settings()}
 
 
 def read_results(output_dir):
