@@ -160,11 +160,12 @@ class PlainTraining:
 
 
 def plain_copy(network):
-    """`PlainNetwork` of the sizes and with the weights of a `models.MultiCropWrapper` of a ViT with a shared head."""
+    """`PlainNetwork` with the weights of a `models.MultiCropWrapper` of a ViT with a shared head, and with its sizes; but
+    positions are always those of 224 pixels, as in the reference."""
     backbone, weights = network.backbone, network.state_dict()
     K, bottleneck = weights["head.last_layer.weight_v"].shape
     copy = PlainNetwork(
-        PlainViT(backbone.patch_size, math.isqrt(backbone.pos_embed.shape[1] - 1), backbone.embed_dim, len(backbone.blocks),
+        PlainViT(backbone.patch_size, 224 // backbone.patch_size, backbone.embed_dim, len(backbone.blocks),
                  backbone.blocks[0].attn.num_heads, masked_embed="backbone.masked_embed" in weights),
         PlainHead(backbone.embed_dim, K, network.head.mlp[0].out_features, bottleneck))
     copy.load_state_dict({name: value for name, value in weights.items() if "last_layer2" not in name})

@@ -11,7 +11,7 @@ import main_ibot
 FLAGS = ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--out_dim", "64", "--shared_head", "true",
          "--head_hidden_dim", "64", "--batch_size_per_gpu", "8", "--epochs", "3", "--warmup_epochs", "1", "--lr", "0.03",
          "--warmup_teacher_temp_epochs", "2", "--momentum_teacher", "0.9"]
-STEPS = 15  # an epoch
+STEPS = 10  # an epoch
 
 
 def double_batches(count, local_crops):
