@@ -228,6 +228,7 @@ def check_args(args):
          f"--global_crops_size {args.global_crops_size} is not a multiple of {cell} "
          f"({'a token of Swin' if swin else '--patch_size'})")
     patch = 4 if swin else args.patch_size
+    need(patch <= 224, f"--patch_size {patch}: position embeddings are those of 224 pixels")
     need(not args.local_crops_number or args.local_crops_size % patch == 0,
          f"--local_crops_size {args.local_crops_size} is not a multiple of the patch size {patch}")
 
@@ -395,7 +396,8 @@ def build_networks(args):
     drop_path = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
     if args.drop_path is None and not args.arch.startswith("swin"):
         drop_path = {"drop_path_rate": 0.1}
-    shape = {"patch_size": args.patch_size, "window_size": args.window_size, "img_size": args.global_crops_size}
+    # Positions are those of 224-pixel images whatever the crop size, as in the reference: crops of other sizes sample them.
+    shape = {"patch_size": args.patch_size, "window_size": args.window_size}
     head = {"patch_out_dim": args.patch_out_dim, "norm": args.norm_in_head, "act": args.act_in_head,
             "hidden_dim": args.head_hidden_dim}
 

@@ -101,7 +101,7 @@ def compare_knn(trained, train, val, args, process):
     if not val.samples:
         return "k-NN: skipped, it needs five images in a class"
     torch.manual_seed(args.seed)
-    untrained = models.build_backbone(trained.arch, trained.patch_size, trained.window_size, trained.image_size)
+    untrained = models.build_backbone(trained.arch, trained.patch_size, trained.window_size)
     try:
         before, after = (knn_accuracy(model, train, val, args.num_workers, process, name)
                          for model, name in ((untrained.eval(), "untrained"), (trained.model, "trained")))

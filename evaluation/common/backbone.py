@@ -81,7 +81,7 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     if state is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
-            model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=image_size)
+            model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size)
         source = f"untrained, random weights (seed {RANDOM_SEED})"
     else:
         trained_size = 224 if is_swin else _trained_image_size(state, patch_size, weights)
