@@ -6,7 +6,7 @@
 `--format ibot` keeps this project's names: {"state_dict": {name: tensor}} in a .pth file, {name: tensor} in a
 .safetensors file. `--format flat` is {name: tensor} in both, as the reference's fine-tuning reads them. `--format timm` is
 {name: tensor} in both, which models of timm load strictly, see below. Where images were not normalised with ImageNet's
-statistics, the .pth file of `ibot` has "args" with "mean" and "std" too, and .safetensors files have them in their metadata.
+statistics, a .pth file of `ibot` has "args" with "mean" and "std" too; .safetensors files have them in their metadata.
 
     timm.create_model("vit_small_patch16_224", num_classes=0)
     timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
