@@ -95,9 +95,9 @@ def find_positives(blocks):
 
 # ---------------------------------------------------------------- descriptors
 
-def read_whitening(model_fn, dim, paths, args, process):
+def read_whitening(model_fn, dim, paths, transform, args, process):
     """`whitening` on rank 0 by the descriptors of the images `paths`, which have `dim` numbers; None elsewhere."""
-    images = ListedImages([(path, None) for path in paths], square_transform(args.imsize))
+    images = ListedImages([(path, None) for path in paths], transform)
     own = Subset(images, range(process.rank, len(images), process.world_size))
     moments = Moments(dim)
     with torch.inference_mode():
@@ -127,12 +127,11 @@ def extract(args, backbone, paths, whitening_paths, process):
 
     def model_fn(images):
         return copy_descriptors(model, images, patch_size)
-    statistics = None
+    transform, statistics = square_transform(args.imsize, backbone.normalize), None
     if whitening_paths:
-        statistics = read_whitening(model_fn, 2 * model.embed_dim, whitening_paths, args, process)
+        statistics = read_whitening(model_fn, 2 * model.embed_dim, whitening_paths, transform, args, process)
     items, sizes = [(path, None) for path in paths], [args.imsize] * len(paths)
-    x = extract_listed(model_fn, items, square_transform(args.imsize), sizes, args.batch_size_per_gpu, args.num_workers,
-                       process, "Copydays")
+    x = extract_listed(model_fn, items, transform, sizes, args.batch_size_per_gpu, args.num_workers, process, "Copydays")
     model.cpu()
     if process.rank > 0:
         return None

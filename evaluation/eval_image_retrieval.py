@@ -120,8 +120,8 @@ def extract(args, backbone, data, sizes, process):
 
     def model_fn(images):
         return retrieval_features(model, images, patch_size, args.multiscale, args.n_last_blocks, args.avgpool_patchtokens)
-    return extract_listed(model_fn, data.items, thumbnail_transform(args.imsize), sizes, args.batch_size_per_gpu,
-                          args.num_workers, process, data.name)
+    return extract_listed(model_fn, data.items, thumbnail_transform(args.imsize, backbone.normalize), sizes,
+                          args.batch_size_per_gpu, args.num_workers, process, data.name)
 
 
 # ---------------------------------------------------------------- results

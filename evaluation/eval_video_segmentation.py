@@ -26,9 +26,9 @@ from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.propagation import cell_mask, follow, frame_size, full_labels, resize_frame
 from evaluation.common.protocol import read_vits, start_process
 from evaluation.common.results import append_result, results_folder
-from loader import load_rgb
+from loader import IMAGENET, PixelStats, load_rgb, normalize
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)  # 0.228, as the published numbers were made
+PUBLISHED = PixelStats(std=(0.228, 0.224, 0.225))  # 0.228, as the published numbers were made; else ImageNet's
 PICTURE = 320  # pixels, width of a frame in the picture of a video
 
 
@@ -79,15 +79,14 @@ def check_patches(sequences, side, patch_size):
                                    f"patches of {patch_size}; see --scale_size")
 
 
-def frame_features(model, pixels):
+def frame_features(model, pixels, stats=PUBLISHED):
     """Frames uint8 [B, 3, H, W] to the unit features of their patches: [B, h, w, D]."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
-    tokens = model.get_intermediate_layers((pixels / 255 - mean) / std, 1)[0][:, 1:]  # [B, N, D]
+    tokens = model.get_intermediate_layers(normalize(pixels, stats), 1)[0][:, 1:]  # [B, N, D]
     height, width = (side // model.patch_size for side in pixels.shape[2:])
     return F.normalize(tokens, dim=-1).unflatten(1, (height, width))
 
 
-def segment(model, sequences, args, device):
+def segment(model, sequences, args, device, stats=PUBLISHED):
     """Yield (sequence, number of a frame, its labels uint8 [H, W]), frame by frame; of the first frame they are given."""
     batches = [[(place, number) for number in range(start, min(start + args.batch_size_per_gpu, len(sequence.frames)))]
                for place, sequence in enumerate(sequences)
@@ -97,7 +96,7 @@ def segment(model, sequences, args, device):
 
     def features(sequence):
         for _ in range(0, len(sequence.frames), args.batch_size_per_gpu):
-            yield from frame_features(model, next(loader).to(device, non_blocking=True))
+            yield from frame_features(model, next(loader).to(device, non_blocking=True), stats)
 
     for sequence in sequences:
         labels, _ = davis.read_labels(sequence.annotations[0])
@@ -193,7 +192,8 @@ def evaluate(args, key, backbone, sequences, root, process):
     folder = Path(args.output_dir) / "viseg" / key
     model = backbone.model.to(process.device)
     with torch.inference_mode():
-        predictions = segment(model, davis.share_of(sequences, process), args, process.device)
+        stats = PUBLISHED if backbone.pixel_stats == IMAGENET else backbone.pixel_stats
+        predictions = segment(model, davis.share_of(sequences, process), args, process.device, stats)
         scores = score(write_video(folder, predictions) if args.write_masks else predictions)
     model.cpu()
     metrics = finish(scores, sequences, key, folder, process)

@@ -108,12 +108,12 @@ def thumbnail_size(size, side):
     return blank.size
 
 
-def thumbnail_transform(side):
+def thumbnail_transform(side, normalize=normalize):
     """PIL RGB image -> normalised float32 [3, H, W] of its `thumbnail`."""
     return v2.Compose([partial(thumbnail, side=side), v2.PILToTensor(), normalize])
 
 
-def square_transform(side):
+def square_transform(side, normalize=normalize):
     """PIL RGB image -> normalised float32 [3, side, side]: bicubic, the aspect is lost."""
     return v2.Compose([v2.Resize((side, side), v2.InterpolationMode.BICUBIC), v2.PILToTensor(), normalize])
 
