@@ -104,16 +104,22 @@ def first_linear(dim, classes, seed=0):
 
 @pytest.mark.parametrize("sweep_lr_only, block", [(True, None), (True, 1000), (False, None), (False, 1000)])
 def test_heads_of_a_sweep_equal_the_same_heads_trained_one_by_one(sweep_lr_only, block):
-    """Against plain modules with torch's SGD, and LARS as written in this project's utils, over 20 steps of changing rates."""
+    """Against plain modules with torch's SGD, and LARS as written in this project's utils, over 20 steps of changing rates.
+
+    In float64: the largest rates blow up the rounding of float32, which differs by processor.
+    """
     features, labels = toy()
-    configs = sweep_configs(sweep_lr_only)
+    features, configs = features.double(), sweep_configs(sweep_lr_only)
     heads = LinearHeads(configs, 12, 7, block=block)
+    for name in ("weight", "bias", "weight_momentum", "bias_momentum", "rate", "decay"):
+        setattr(heads, name, getattr(heads, name).double())
+    heads.rate = torch.tensor([config.lr for config in configs], dtype=torch.float64)
     batches = [torch.arange(10 * i, 10 * i + 10) % 200 for i in range(20)]
     losses = torch.stack([heads.step(features[rows], labels[rows], 0.5 * (1 + math.cos(math.pi * i / 20)))
                           for i, rows in enumerate(batches)])
     assert losses.shape == (20, len(configs))
     for i in range(0, len(configs), 1 if sweep_lr_only else 3):
-        config, linear = configs[i], first_linear(12, 7)
+        config, linear = configs[i], first_linear(12, 7).double()
         if config.optimizer == "sgd":
             optimizer = torch.optim.SGD(linear.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay)
         else:
@@ -122,12 +128,12 @@ def test_heads_of_a_sweep_equal_the_same_heads_trained_one_by_one(sweep_lr_only,
         for step, rows in enumerate(batches):
             optimizer.zero_grad()
             loss = F.cross_entropy(linear(features[rows]), labels[rows])
-            torch.testing.assert_close(losses[step, i], loss.detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(losses[step, i], loss.detach(), rtol=1e-6, atol=1e-6)
             loss.backward()
             optimizer.step()
             scheduler.step()
-        torch.testing.assert_close(heads.weight[i], linear.weight.detach(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(heads.bias[i], linear.bias.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(heads.weight[i], linear.weight.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(heads.bias[i], linear.bias.detach(), rtol=1e-6, atol=1e-6)
     assert (heads.weight[0] - heads.weight[-1 if sweep_lr_only else -4]).abs().max() > 0.1
 
 
@@ -271,11 +277,13 @@ def test_sweep_on_kept_features_equals_plain_torch(probe, checkpoint, digits, tm
             accuracies[epoch, i] = 100 * (logits.argmax(1) == val_labels).double().mean()
             assert log[epoch][f"test_acc{i}@1"] == pytest.approx(accuracies[epoch, i])
             assert log[epoch][f"test_acc{i}@5"] == pytest.approx(100 * (logits.topk(5).indices == val_labels[:, None]).any(1).double().mean().item())
-        torch.testing.assert_close(last["state_dict"][f"{i}.module.linear.weight"], linear.weight.detach(), rtol=1e-4, atol=1e-5)
+        # As a whole, for rates that reach 25 blow up the rounding of small elements, which differs by processor.
+        for ours, plain in ((last["state_dict"][f"{i}.module.linear.weight"], linear.weight),
+                            (last["optimizers"][i]["state"][0]["momentum_buffer"], optimizer.state[linear.weight]["momentum_buffer"])):
+            assert (ours - plain).norm() < 1e-4 * plain.norm()
         # What is saved continues in torch's own optimiser and schedule.
         for epoch in range(1, 4):
             assert log[epoch - 1]["epoch"] == epoch - 1
-        torch.testing.assert_close(last["optimizers"][i]["state"][0]["momentum_buffer"], optimizer.state[linear.weight]["momentum_buffer"], rtol=1e-4, atol=1e-5)
         again = torch.optim.SGD(linear.parameters(), 1.0, momentum=0.5)
         again.load_state_dict(last["optimizers"][i])
         assert again.param_groups[0]["momentum"] == 0.9
