@@ -277,10 +277,12 @@ def test_sweep_on_kept_features_equals_plain_torch(probe, checkpoint, digits, tm
             accuracies[epoch, i] = 100 * (logits.argmax(1) == val_labels).double().mean()
             assert log[epoch][f"test_acc{i}@1"] == pytest.approx(accuracies[epoch, i])
             assert log[epoch][f"test_acc{i}@5"] == pytest.approx(100 * (logits.topk(5).indices == val_labels[:, None]).any(1).double().mean().item())
-        # As a whole, for rates that reach 25 blow up the rounding of small elements, which differs by processor.
-        for ours, plain in ((last["state_dict"][f"{i}.module.linear.weight"], linear.weight),
+        for ours, plain in ((last["state_dict"][f"{i}.module.linear.weight"], linear.weight.detach()),
                             (last["optimizers"][i]["state"][0]["momentum_buffer"], optimizer.state[linear.weight]["momentum_buffer"])):
-            assert (ours - plain).norm() < 1e-4 * plain.norm()
+            if i < 44:
+                torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+            else:  # the largest rate blows up the rounding of float32, which differs by processor
+                assert (ours - plain).norm() < 1e-3 * plain.norm()
         # What is saved continues in torch's own optimiser and schedule.
         for epoch in range(1, 4):
             assert log[epoch - 1]["epoch"] == epoch - 1
