@@ -105,7 +105,7 @@ def knn_accuracy(features, classes, device):
     return topk_accuracy(predictions[k], val_labels)[0]
 
 
-def compare(trained, train, val, args, process, path):
+def compare(trained, train, val, seed, num_workers, process, path):
     """A line with the k-NN accuracy of the untrained and the trained network, or with the reason why there is none.
 
     With it, `path` becomes a picture of neighbours by both.
@@ -114,12 +114,12 @@ def compare(trained, train, val, args, process, path):
         return "k-NN: skipped, it needs two classes"
     if not val.samples:
         return "k-NN: skipped, it needs five images in a class"
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     untrained = models.build_backbone(trained.arch, trained.patch_size, trained.window_size)
     thin_out(train, TRAIN)
     thin_out(val, VAL)
     try:
-        features = {name: features_of(model, train, val, args.num_workers, process, name)
+        features = {name: features_of(model, train, val, num_workers, process, name)
                     for name, model in (("untrained", untrained.eval()), ("trained", trained.model))}
     except utils.InputError as error:  # an image that cannot be read, which training may have skipped
         return f"k-NN: skipped, {utils.one_line(error)}"
@@ -187,20 +187,21 @@ def losses(epochs):
     return f"loss, epoch {first} -> {last}: {parts}"
 
 
-def report(folder, data_path):
+def report(folder, data_path=None, device="auto", num_workers=1):
     """Evaluate the run in `folder`, write pictures, print a summary. data_path: None for the folder it was trained on."""
     folder = Path(folder)
     checkpoint = folder / "checkpoint.pth"
     args = utils.load_checkpoint(checkpoint).get("args")
     if args is None:
         raise utils.InputError(f"checkpoint {checkpoint}: no run of main_ibot.py (it holds no args)")
-    process = utils.init_process(args.device)
+    process = utils.init_process(device)
     trained = load_evaluated_backbone(checkpoint, "teacher")
     train, val = train_and_val(data_path or args.data_path, trained.image_size, trained.normalize)
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
+    (pictures / "neighbours.png").unlink(missing_ok=True)  # of an earlier state, should there be no k-NN now
     epochs = read_log(folder / "log.txt")[0]
-    lines = [compare(trained, train, val, args, process, pictures / "neighbours.png"), losses(epochs), ""]
+    lines = [compare(trained, train, val, args.seed, num_workers, process, pictures / "neighbours.png"), losses(epochs), ""]
     draw_curves({name: points for name, points in loss_curves(epochs).items() if name != "total"},
                 "Losses of pre-training", pictures / "loss.png")
 
@@ -236,11 +237,13 @@ def main():
         command = commands.add_parser(name, help=what)
         command.add_argument("--output_dir", required=True)
     command.add_argument("--data_path", help="by default the folder that the run was trained on")
+    command.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    command.add_argument("--num_workers", default=1, type=int)
     args = parser.parse_args()
     if args.command == "data":
         write_digits(args.output_dir)
     else:
-        report(args.output_dir, args.data_path)
+        report(args.output_dir, args.data_path, args.device, args.num_workers)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def plan(args, backbone, root, images, out):
     folder = Path(args.pretrained_weights).parent
     if Path(args.pretrained_weights).name == utils.CHECKPOINT and (folder / "log.txt").is_file():  # of a pre-training
         steps.insert(0, Step("Nearest neighbours", [
-            ["quickstart.py", "report", "--output_dir", folder, "--data_path", root or images]],
+            ["quickstart.py", "report", "--output_dir", folder, "--data_path", root or images, "--device", args.device,
+             "--num_workers", args.num_workers]],
             [(folder / "pictures", "neighbours.png", 1, "")], "^k-NN"))
     measured = folder / "robustness"
     tables = []
