@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What the page says above each section.
 TEXTS = {
-    "Nearest neighbours":
+    "Before and after training":
         "Validation images, and the training images whose [CLS] features are nearest, by the untrained network and by the "
         "trained teacher. Frames are green where the class is the query's. Below, the accuracy of the vote of ten.",
     "Clusters of patches":
@@ -130,7 +130,7 @@ def plan(args, backbone, root, images, out):
              [(out / "correspondence", "class_corresp*.png", count, "Pair {}: two images of class {}")])]
     folder = Path(args.pretrained_weights).parent
     if Path(args.pretrained_weights).name == utils.CHECKPOINT and (folder / "log.txt").is_file():  # of a pre-training
-        steps.insert(0, Step("Nearest neighbours", [
+        steps.insert(0, Step("Before and after training", [
             ["quickstart.py", "report", "--output_dir", folder, "--data_path", root or images, "--device", args.device,
              "--num_workers", args.num_workers]],
             [(folder / "pictures", "neighbours.png", 1, "")], "^k-NN"))
