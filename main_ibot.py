@@ -852,8 +852,11 @@ def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
     for what, name, K in (("cls", "[CLS]", out_dim), ("patch", "patch", patch_out_dim)):
         entropy, used = (stats.get(f"{what}_{sign}") for sign in ("entropy", "used"))
         if entropy is not None and entropy > 0.999 * math.log(K):
-            found[f"{what}_entropy"] = (f"the {name} targets are all but uniform (entropy {entropy:.3f} of at most "
-                                        f"{math.log(K):.3f}): they teach nothing; a lower temperature sharpens them")
+            patch = "patch_" * (what == "patch")
+            found[f"{what}_entropy"] = (
+                f"the {name} targets are all but uniform (entropy {entropy:.3f} of at most {math.log(K):.3f}): they teach "
+                f"nothing; a lower --teacher_{patch}temp and --warmup_teacher_{patch}temp sharpen them, with a lower "
+                f"--{patch}center_momentum lest all fall into one cluster (benchmarks/quickstart.md)")
         if used is not None and used * K < 1.5:
             found[f"{what}_used"] = (f"the teacher puts everything into one of {K} {name} clusters; a faster centre or a "
                                      "higher teacher temperature spreads them")

@@ -6,7 +6,6 @@
 `./run.sh quickstart` calls the first, then main_ibot.py, then the second. Works on every run of main_ibot.py.
 """
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -23,12 +22,14 @@ import models
 import utils
 from analysis import common
 from evaluation.common.backbone import load_evaluated_backbone
+from evaluation.common.charts import draw_curves, loss_curves, read_log
 from evaluation.common.data import eval_transform, image_folders
 from evaluation.common.features import extract_features, pool_features, sharded_loader
 from evaluation.common.knn import knn_classify, topk_accuracy
 from pictures import CROPS, TILE, fit, save_grid
 
-K = 10  # neighbours
+K, SHOWN = 10, 5  # neighbours that vote, and that are drawn
+TRAIN, VAL = 10_000, 2_000  # images of each part that are compared, at most about
 
 
 # ---------------------------------------------------------------- data
@@ -81,32 +82,49 @@ def train_and_val(data_path, size, normalize=loader.normalize):
 
 # ---------------------------------------------------------------- k-NN
 
-def knn_accuracy(model, train, val, num_workers, process, name):
-    """Top-1 accuracy in percent of the backbone `model`."""
+def thin_out(dataset, most):
+    """Leave at most about `most` images in an `ImageFolderInstance`, evenly over its order."""
+    step = -(-len(dataset) // most)
+    if step > 1:
+        dataset.samples = dataset.imgs = [dataset.samples[i] for i in range(0, len(dataset), step)]
+        dataset.targets = [label for _, label in dataset.samples]
+
+
+def features_of(model, train, val, num_workers, process, name):
+    """((features, labels) of train, the same of val) by the backbone `model`: [n, D] and [n], in the order of the sets."""
     model = model.to(process.device)
-    (train_features, train_labels), (val_features, val_labels) = (
-        extract_features(lambda images: pool_features(model, images), sharded_loader(data, 128, num_workers, process),
-                         process, f"{part}, {name}")
-        for data, part in ((train, "train"), (val, "val")))
-    k = min(K, len(train))
-    predictions = knn_classify(train_features, train_labels, val_features, len(train.classes), (k,),
-                               device=process.device)
+    return [extract_features(lambda images: pool_features(model, images), sharded_loader(data, 128, num_workers, process),
+                             process, f"{part}, {name}") for data, part in ((train, "train"), (val, "val"))]
+
+
+def knn_accuracy(features, classes, device):
+    """Top-1 accuracy in percent of what `features_of` gives."""
+    (train_features, train_labels), (val_features, val_labels) = features
+    k = min(K, len(train_features))
+    predictions = knn_classify(train_features, train_labels, val_features, classes, (k,), device=device)
     return topk_accuracy(predictions[k], val_labels)[0]
 
 
-def compare_knn(trained, train, val, args, process):
-    """A line with the k-NN accuracy of the untrained and the trained network, or with the reason why there is none."""
+def compare(trained, train, val, seed, num_workers, process, path):
+    """A line with the k-NN accuracy of the untrained and the trained network, or with the reason why there is none.
+
+    With it, `path` becomes a picture of neighbours by both.
+    """
     if len(train.classes) < 2:
         return "k-NN: skipped, it needs two classes"
     if not val.samples:
         return "k-NN: skipped, it needs five images in a class"
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     untrained = models.build_backbone(trained.arch, trained.patch_size, trained.window_size)
+    thin_out(train, TRAIN)
+    thin_out(val, VAL)
     try:
-        before, after = (knn_accuracy(model, train, val, args.num_workers, process, name)
-                         for model, name in ((untrained.eval(), "untrained"), (trained.model, "trained")))
+        features = {name: features_of(model, train, val, num_workers, process, name)
+                    for name, model in (("untrained", untrained.eval()), ("trained", trained.model))}
     except utils.InputError as error:  # an image that cannot be read, which training may have skipped
         return f"k-NN: skipped, {utils.one_line(error)}"
+    draw_neighbours(features, train, val, path)
+    before, after = (knn_accuracy(parts, len(train.classes), process.device) for parts in features.values())
     return (f"k-NN top-1 (k = {min(K, len(train))}, {len(val)} validation images): "
             f"untrained network {before:.1f} %, trained teacher {after:.1f} %")
 
@@ -116,6 +134,29 @@ def compare_knn(trained, train, val, args, process):
 def spread(length, count=6):
     """Up to `count` indices, evenly over 0..length-1."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
+def framed(picture, colour):
+    """A square tile with a frame of the colour."""
+    tile = Image.new("RGB", (TILE, TILE), colour)
+    inner = fit(picture, TILE - 12)
+    tile.paste(inner, ((TILE - inner.width) // 2, (TILE - inner.height) // 2))
+    return tile
+
+
+def draw_neighbours(features, train, val, path):
+    """Six images of `val` with their nearest ones in `train`, by each of `features` {name: as `features_of` gives them}.
+
+    Frames: green where the neighbour is of the query's class, red where it is not.
+    """
+    queries, shown = spread(len(val)), min(SHOWN, len(train))
+    rows = [[framed(loader.load_rgb(val.samples[query][0]), "white")] for query in queries]
+    for (train_features, train_labels), (val_features, val_labels) in features.values():
+        tests, bank = (torch.nn.functional.normalize(x.float(), dim=1) for x in (val_features[queries], train_features))
+        for row, query, places in zip(rows, queries, (tests @ bank.T).topk(shown).indices.tolist(), strict=True):
+            row += [framed(loader.load_rgb(train.samples[i][0]),
+                           "#2ca02c" if train_labels[i] == val_labels[query] else "#d62728") for i in places]
+    save_grid(rows, ["query"] + [f"{name}: {i + 1}" for name in features for i in range(shown)], path)
 
 
 @torch.inference_mode()
@@ -139,30 +180,35 @@ def draw_attention(trained, dataset, process, path):
 
 # ---------------------------------------------------------------- report
 
-def losses(log):
-    """A line with the losses of the first and of the last epoch in log.txt."""
-    epochs = [json.loads(line) for line in log.read_text().splitlines()]
-    first, last = epochs[0], epochs[-1]
-    parts = ", ".join(f"{name} {first[f'train_{key}']:.3f} -> {last[f'train_{key}']:.3f}"
-                      for key, name in (("loss", "total"), ("cls", "[CLS]"), ("patch", "patch")))
-    return f"loss, epoch {first['epoch']} -> {last['epoch']}: {parts}"
+def losses(epochs):
+    """A line with the losses of the first and of the last epoch of a log (see `read_log`)."""
+    first, last = min(epochs), max(epochs)
+    parts = ", ".join(f"{name} {points[0][1]:.3f} -> {points[-1][1]:.3f}" for name, points in loss_curves(epochs).items())
+    return f"loss, epoch {first} -> {last}: {parts}"
 
 
-def report(folder):
-    """Evaluate the run in `folder`, write pictures and print a summary."""
+def report(folder, data_path=None, device="auto", num_workers=1):
+    """Evaluate the run in `folder`, write pictures, print a summary. data_path: None for the folder it was trained on."""
     folder = Path(folder)
     checkpoint = folder / "checkpoint.pth"
     args = utils.load_checkpoint(checkpoint).get("args")
     if args is None:
         raise utils.InputError(f"checkpoint {checkpoint}: no run of main_ibot.py (it holds no args)")
-    process = utils.init_process(args.device)
+    process = utils.init_process(device)
     trained = load_evaluated_backbone(checkpoint, "teacher")
-    train, val = train_and_val(args.data_path, trained.image_size, trained.normalize)
-    lines = [compare_knn(trained, train, val, args, process), losses(folder / "log.txt"), ""]
-
+    train, val = train_and_val(data_path or args.data_path, trained.image_size, trained.normalize)
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
-    files = [(checkpoint, "the networks"), (folder / "log.txt", "a line of JSON per epoch")]
+    (pictures / "neighbours.png").unlink(missing_ok=True)  # of an earlier state, should there be no k-NN now
+    epochs = read_log(folder / "log.txt")[0]
+    lines = [compare(trained, train, val, args.seed, num_workers, process, pictures / "neighbours.png"), losses(epochs), ""]
+    draw_curves({name: points for name, points in loss_curves(epochs).items() if name != "total"},
+                "Losses of pre-training", pictures / "loss.png")
+
+    files = [(checkpoint, "the networks"), (folder / "log.txt", "a line of JSON per epoch"),
+             (pictures / "loss.png", "the two losses, epoch by epoch")]
+    if (pictures / "neighbours.png").exists():
+        files.append((pictures / "neighbours.png", "validation images and their nearest training images, before and after"))
     if (folder / CROPS).exists():
         files.append((folder / CROPS, "what the student sees: crops of the first batch, masked patches in grey"))
     if args.arch.startswith("swin"):
@@ -175,8 +221,8 @@ def report(folder):
     lines.append("")
     if not args.arch.startswith("swin"):
         page = Path(sys.argv[0]).with_name("report.py")
-        lines += [f"what it learned: {sys.executable} {page} --pretrained_weights {checkpoint}",
-                  "                 (a page for the browser: clusters, attention, correspondence, robustness)"]
+        lines += [f"next:            {sys.executable} {page} --pretrained_weights {checkpoint}",
+                  "                 (what it learned, as a page: clusters, attention, correspondence, robustness)"]
     lines += [f"curves:          {sys.executable} -m tensorboard.main --logdir {folder / 'tf_logs'}",
               "your own images: ./run.sh quickstart --data_path FOLDER --output_dir work_dirs/mine",
               "                 (FOLDER/CLASS/IMAGE; one class will do)",
@@ -188,9 +234,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("data", "write the digits as an image folder"), ("report", "evaluate a run and draw pictures")):
-        commands.add_parser(name, help=what).add_argument("--output_dir", required=True)
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--output_dir", required=True)
+    command.add_argument("--data_path", help="by default the folder that the run was trained on")
+    command.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    command.add_argument("--num_workers", default=1, type=int)
     args = parser.parse_args()
-    (write_digits if args.command == "data" else report)(args.output_dir)
+    if args.command == "data":
+        write_digits(args.output_dir)
+    else:
+        report(args.output_dir, args.data_path, args.device, args.num_workers)
 
 
 if __name__ == "__main__":

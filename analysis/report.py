@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What the page says above each section.
 TEXTS = {
+    "Before and after training":
+        "Validation images, and the training images whose [CLS] features are nearest, by the untrained network and by the "
+        "trained teacher. Frames are green where the class is the query's. Below, the accuracy of the vote of ten.",
     "Clusters of patches":
         "The clusters with most patches, each by its clearest members: the patch in the middle is tinted, its "
         "neighbours are there for context. A good network has clusters with a meaning, such as an ear, a wheel or a "
@@ -125,7 +128,13 @@ def plan(args, backbone, root, images, out):
              "matching accuracy"),
         Step("Correspondence between two images", [[*pairs, "--sample_type", "class"]],
              [(out / "correspondence", "class_corresp*.png", count, "Pair {}: two images of class {}")])]
-    measured = Path(args.pretrained_weights).parent / "robustness"
+    folder = Path(args.pretrained_weights).parent
+    if Path(args.pretrained_weights).name == utils.CHECKPOINT and (folder / "log.txt").is_file():  # of a pre-training
+        steps.insert(0, Step("Before and after training", [
+            ["quickstart.py", "report", "--output_dir", folder, "--data_path", root or images, "--device", args.device,
+             "--num_workers", args.num_workers]],
+            [(folder / "pictures", "neighbours.png", 1, "")], "^k-NN"))
+    measured = folder / "robustness"
     tables = []
     if (measured / "results.json").is_file():
         tables.append(Step("Robustness", [["table8.py", "--output_dir", measured]], [], r"^ +O\.F\.|^(DINO|iBOT|here) "))

@@ -31,7 +31,7 @@ def write_checkpoint(path, K=24, separate_heads=False):
             parameter.data.add_(0.3 * torch.randn_like(parameter))
         states = {"backbone": backbone.state_dict(), "head": head.state_dict()}
         networks[name] = {f"{prefix}{part}.{key}": value for part, state in states.items() for key, value in state.items()}
-    args = argparse.Namespace(arch="vit_nano", patch_size=8, global_crops_size=32)
+    args = argparse.Namespace(arch="vit_nano", patch_size=8, global_crops_size=32, seed=0)
     torch.save({**networks, "args": args, "epoch": 1}, path)
     return path
 

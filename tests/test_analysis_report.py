@@ -65,9 +65,10 @@ def test_page_is_complete_and_needs_nothing_else(digits, tmp_path, monkeypatch, 
     ids = re.findall(r'id="([^"]*)"', page)
     assert len(ids) == 1 + len(report.TEXTS) and [link for link in links.found if link[0] == "#"] == [f"#{name}" for name in ids]
     pictures = [link for link in links.found if link.startswith("data:image/")]
-    assert len(pictures) == len([link for link in links.found if link[0] != "#"]) == 1 + 3 + 1 + 2 + 3 + 2 + 2 + 1 + 1 + 1
+    assert len(pictures) == len([link for link in links.found if link[0] != "#"]) == 1 + 1 + 3 + 1 + 2 + 3 + 2 + 2 + 1 + 1 + 1
     for picture in pictures:
         Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).load()
+    assert "k-NN top-1 (k = 10, " in page and page.index("before-and-after-training") < page.index("clusters-of-patches")
     assert "matching accuracy 0." in page and "k = 16, best: top-1" in page and "teacher, best: top-1" in page and "NS.5: " in page
     assert re.search(r"\d+ queries among 41 images; \d+ pair.s. of images with a similarity from", page)
     assert re.search(r"here .* 12\.3 ", page) and page.count("O.BB.") == 1

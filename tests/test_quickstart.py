@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import main_ibot
@@ -43,10 +44,28 @@ def test_digits_folder_and_report(call, main, tmp_path):
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert "k-NN top-1 (k = 10, 503 validation images): untrained network" in text and "trained teacher" in text
     assert f"total {log[0]['train_loss']:.3f} -> {log[1]['train_loss']:.3f}" in text
-    for name in ("checkpoint.pth", "log.txt", "crops.png", "pictures/attention.png"):
+    for name in ("checkpoint.pth", "log.txt", "crops.png", "pictures/loss.png", "pictures/neighbours.png",
+                 "pictures/attention.png"):
         assert str(out / name) in text and (out / name).stat().st_size > 0
     crops = np.asarray(Image.open(out / "crops.png"))
     assert crops.std() > 30 and (crops == 128).all(-1).mean() > 0.005  # masked patches are grey
+
+
+def test_neighbours_are_the_nearest_and_framed_by_class(tmp_path):
+    for i in range(4):  # a shade of grey each
+        Image.new("RGB", (8, 8), (60 * i,) * 3).save(tmp_path / f"{i}.png")
+    samples = [(tmp_path / f"{i}.png", i // 2) for i in range(4)]
+    images = type("Images", (), {"samples": samples, "__len__": lambda self: len(self.samples)})()
+    bank, labels = torch.eye(4) + 0.1 * torch.eye(4).roll(1, 1), torch.tensor([0, 0, 1, 1])  # i is nearest to i, then to i - 1
+    quickstart.draw_neighbours({"trained": ((bank, labels), (torch.eye(4), labels))}, images, images, tmp_path / "out.png")
+    picture = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
+    step, top = quickstart.TILE + 6, 22 + 6
+    for row in range(4):
+        for column, shade in ((0, row), (1, row), (2, (row - 1) % 4)):
+            x, y = 6 + step * column, top + step * row
+            assert picture[y + 56, x + 56].tolist() == [60 * shade] * 3
+            colour = (255, 255, 255) if not column else (0x2c, 0xa0, 0x2c) if shade // 2 == row // 2 else (0xd6, 0x27, 0x28)
+            assert tuple(picture[y + 2, x + 2]) == colour
 
 
 def test_report_on_one_class_says_why_there_is_no_knn(digits, main, tmp_path):
