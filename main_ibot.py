@@ -100,6 +100,8 @@ def get_args_parser():
                        help="losses or gradients that are not finite: end the run, or go on without that update "
                             f"({utils.MAX_DROPPED} in a row end it too)")
     optim.add_argument("--use_fp16", default=True, type=flag, help="mixed precision")
+    optim.add_argument("--residual_dtype", default="float32", choices=("float32", "amp"),
+                       help="amp: tokens between blocks in half precision too, as --amp_dtype says; LayerNorm in float32")
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
                        help="auto: bfloat16 on GPUs that have it and CPUs with matrix units for it (AMX), float16 with "
                             "a gradient scaler on other CUDA devices, off elsewhere")
@@ -157,8 +159,10 @@ def get_args_parser():
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
     run.add_argument("--compile", default=None, type=flag,
                      help="compile blocks, head and loss, at the first steps; default: on CUDA")
-    run.add_argument("--grad_checkpointing", default=False, type=flag,
-                     help="compute each block again in the backward pass instead of keeping its activations")
+    run.add_argument("--recompute", default="elementwise", choices=tuple(models.RECOMPUTE),
+                     help="what the backward pass computes again and does not keep: nothing; elementwise operations or "
+                          "half of all, where --compile is on; blocks: each block, compiled or not")
+    run.add_argument("--grad_checkpointing", default=False, type=flag, help="the same as --recompute blocks")
     run.add_argument("--seed", default=0, type=int)
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     run.add_argument("--dist_url", default="env://", type=str, help="rendezvous of several processes")
@@ -526,10 +530,12 @@ def pretrain(args, signals, at_end):
     # ============ networks ============
     student, teacher = (network.to(device) for network in build_networks(args))
     ema = utils.ema_pairs(student, teacher)
+    amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     for network in (student, teacher):
-        network.backbone.set_grad_checkpointing(args.grad_checkpointing)
+        network.backbone.residual_dtype = amp_dtype if args.residual_dtype == "amp" else None
+        network.backbone.set_grad_checkpointing(args.grad_checkpointing or args.recompute == "blocks")
         if compiled:
-            network.compile_parts()
+            network.compile_parts(args.recompute)
     ddp_student = utils.data_parallel(student, device, args.accum_iter) if process.world_size > 1 else student
 
     # ============ schedules, loss, optimizer ============
@@ -543,7 +549,6 @@ def pretrain(args, signals, at_end):
         ibot_loss.compile()
         photometry = torch.compile(photometry, dynamic=False)
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student), device)
-    amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     peak = utils.peak_flops(device, amp_dtype)
     load = flops_per_image(args) / peak if peak else None  # seconds that the device needs at least
@@ -775,7 +780,7 @@ def train_step(batches, student, teacher, ema, ibot_loss, optimizer, scaler, epo
     optimizer.param_groups[0]["weight_decay"] = float(weight_decay)
 
     optimizer.zero_grad()
-    rows, labels, clusters = [], [], []
+    rows, labels, clusters, signs = [], [], [], {}
     for i, batch in enumerate(batches):
         # forward: teacher on plain global crops, student on the same crops masked and on plain local crops
         G, B = batch.global_crops.shape[:2]
@@ -793,16 +798,18 @@ def train_step(batches, student, teacher, ema, ibot_loss, optimizer, scaler, epo
                 student_cls, student_patch, _ = student(global_crops, index, masks=masks, local_crops=local_crops)
             losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, teacher_mean, weight, G, epoch)
 
-            # backward
+            clusters.append(teacher_cls[:B].argmax(dim=-1))
+            labels.append(batch.labels)
+            agree = (clusters[-1] == student_cls[B:2 * B].argmax(dim=-1)).float().mean()
+            rows.append(torch.stack([*(value.detach() for value in losses.values()), agree]))
+            if watch and last:
+                signs = ibot_loss.collapse_signs(teacher_cls, teacher_patch, weight, losses, epoch)
+
+            # backward; what it does not read makes room
+            del batch, global_crops, local_crops, teacher_cls, teacher_patch, student_cls, student_patch
             loss = losses["loss"] / accum_iter
             (loss if scaler is None else scaler.scale(loss)).backward()
-
-        clusters.append(teacher_cls[:B].argmax(dim=-1))
-        labels.append(batch.labels)
-        agree = (clusters[-1] == student_cls[B:2 * B].argmax(dim=-1)).float().mean()
-        rows.append(torch.stack([*(value.detach() for value in losses.values()), agree]))
     means = torch.stack(rows).mean(dim=0)
-    signs = ibot_loss.collapse_signs(teacher_cls, teacher_patch, weight, losses, epoch) if watch else {}
 
     # clip each parameter by itself, move the centres, hold the last layer, step
     if scaler is not None:
