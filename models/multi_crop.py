@@ -5,6 +5,7 @@ Letters: B images, G global crops, L local crops, N patch tokens of a global cro
 import functools
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 from torch import nn
 
@@ -24,9 +25,10 @@ def compiled(function, recompute="none", **kwargs):
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        with torch._functorch.config.patch(RECOMPUTE[recompute]):
+        # A Swin has a program for each stage, with shift and without, for each crop size, and for student and teacher.
+        with torch._functorch.config.patch(RECOMPUTE[recompute]), torch._dynamo.config.patch(recompile_limit=64):
             return function(*args, **kwargs)
-    return run if RECOMPUTE[recompute] else function
+    return run
 
 
 def draw_drop_scales(rate, depth, crops, device):
@@ -66,11 +68,11 @@ class MultiCropWrapper(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def compile_parts(self, recompute="none"):
+    def compile_parts(self, recompute="none", backend="inductor"):
         """Compile the backbone's blocks and the head, in place: names of parameters stay. `recompute`: see `compiled`."""
-        self.backbone.compile_blocks(recompute)
-        self.head.bottleneck = compiled(self.head.bottleneck, recompute)
-        self.head.last_layers = compiled(self.head.last_layers, recompute)
+        self.backbone.compile_blocks(recompute, backend)
+        self.head.bottleneck = compiled(self.head.bottleneck, recompute, backend=backend)
+        self.head.last_layers = compiled(self.head.last_layers, recompute, backend=backend)
 
     def forward(self, global_crops, mask_index, masks=None, local_crops=None, patch_mean=False):
         """Logits of the given crops.

@@ -53,9 +53,10 @@ class PadThenShiftBlock(SwinTransformerBlock):
         bias = attn._get_rel_pos_bias()  # [1, heads, area, area]
         bias = bias.expand(windows.shape[1], -1, -1, -1) if mask is None else bias + mask.unsqueeze(1)
         bias = bias.flatten(0, 1).to(q.dtype)  # [windows * heads, area, area]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attn.scale)  # [B, windows * heads, area, d]
+        dropout = attn.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=attn.scale)  # [B, windows * heads, area, d]
         x = x.unflatten(1, (-1, attn.num_heads)).transpose(2, 3).reshape(-1, wh, ww, C)
-        x = window_reverse(attn.proj(x), self.window_size, Hp, Wp)
+        x = window_reverse(attn.proj_drop(attn.proj(x)), self.window_size, Hp, Wp)
         if mask is not None:
             x = torch.roll(x, (sh, sw), dims=(1, 2))
         return x[:, :H, :W]
@@ -87,7 +88,6 @@ class SwinTransformer(TimmSwinTransformer):
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
         self.head = nn.Identity()
         self.pos_drop = nn.Dropout(0.0)  # as a ViT's: fine-tuning sets its rate
-        self.drop_path_rate = drop_path_rate
         self.run_block = PadThenShiftBlock.forward  # a compiled one takes its place with `compile_blocks`
         self.embed_dim = self.num_features
         # The original merges patches at the end of a stage and timm at the start of the next. Modules are re-added in
@@ -124,8 +124,9 @@ class SwinTransformer(TimmSwinTransformer):
         x, scales = self.prepare_tokens(x, mask), None
         x = x.to(self.residual_dtype or x.dtype)
         depth = sum(len(stage.blocks) for stage in self.layers)
-        if self.training and self.drop_path_rate:
-            scales = iter(draw_drop_scales(self.drop_path_rate, depth, len(x), x.device).view(depth, 2, -1, 1, 1, 1))
+        rate = getattr(self.layers[-1].blocks[-1].drop_path1, "drop_prob", 0.0)  # which fine-tuning may have set
+        if self.training and rate:
+            scales = iter(draw_drop_scales(rate, depth, len(x), x.device).view(depth, 2, -1, 1, 1, 1))
         for stage in self.layers:
             for block in stage.blocks:
                 inputs = (block, x, block.shift_mask(*x.shape[1:3], x.device), scales and next(scales))
@@ -145,11 +146,9 @@ class SwinTransformer(TimmSwinTransformer):
             return self._with_mean(x)
         return x.mean(dim=(1, 2))
 
-    def compile_blocks(self, recompute="none"):
+    def compile_blocks(self, recompute="none", backend="inductor"):
         """Compile what a block does, once for all blocks and crops of a size."""
-        # One program for each stage, with shift and without, for each crop size, and for student and teacher.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.run_block = compiled(PadThenShiftBlock.forward, recompute, dynamic=False)
+        self.run_block = compiled(PadThenShiftBlock.forward, recompute, dynamic=False, backend=backend)
 
     def forward_crops(self, crops, masks=None, wanted=None):
         """Tokens of crops of several sizes, as `VisionTransformer.forward_crops`, but in a pass for each size: windows

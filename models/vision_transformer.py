@@ -103,9 +103,9 @@ class VisionTransformer(TimmVisionTransformer):
         x = self.norm(self.blocks(self.prepare_tokens(x, mask)))
         return x if (self.return_all_tokens if return_all_tokens is None else return_all_tokens) else x[:, 0]
 
-    def compile_blocks(self, recompute="none"):
+    def compile_blocks(self, recompute="none", backend="inductor"):
         """Compile what `forward_crops` does in a block, once for all blocks."""
-        self.run_block = compiled(PackedBlock.packed, recompute, dynamic=False)
+        self.run_block = compiled(PackedBlock.packed, recompute, dynamic=False, backend=backend)
 
     def forward_crops(self, crops, masks=None, wanted=None):
         """Normed tokens of crops of several sizes in one pass; equal to `forward` on each size by itself.
