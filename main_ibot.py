@@ -159,9 +159,10 @@ def get_args_parser():
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
     run.add_argument("--compile", default=None, type=flag,
                      help="compile blocks, head and loss, at the first steps; default: on CUDA")
-    run.add_argument("--recompute", default="elementwise", choices=tuple(models.RECOMPUTE),
-                     help="what the backward pass computes again and does not keep: nothing; elementwise operations or "
-                          "half of all, where --compile is on; blocks: each block, compiled or not")
+    run.add_argument("--recompute", default=None, choices=tuple(models.RECOMPUTE),
+                     help="what the backward pass computes again instead of keeping it: elementwise operations, or as much as "
+                          "halves what is kept (both need --compile); blocks: all but each block's input; "
+                          "default: elementwise where compiled, else none")
     run.add_argument("--grad_checkpointing", default=False, type=flag, help="the same as --recompute blocks")
     run.add_argument("--seed", default=0, type=int)
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
@@ -437,6 +438,15 @@ def flops_per_image(args):
     return counter.get_total_flops() / B
 
 
+def choose_recompute(args, compiled):
+    """The key of `models.RECOMPUTE` that the flags mean. Raises `utils.InputError` for one that needs the compiler."""
+    if args.grad_checkpointing and args.recompute not in (None, "blocks"):
+        raise utils.InputError(f"--grad_checkpointing true means --recompute blocks, not {args.recompute}: give one of them")
+    if args.recompute in ("elementwise", "half") and not compiled:
+        raise utils.InputError(f"--recompute {args.recompute} is left to the compiler: add --compile true, or take blocks")
+    return args.recompute or ("blocks" if args.grad_checkpointing else "elementwise" if compiled else "none")
+
+
 def build_optimizer(name, parameter_groups, device):
     """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step.
 
@@ -500,6 +510,7 @@ def pretrain(args, signals, at_end):
     local_crops_number = args.local_crops_number if args.lambda1 else 0  # local crops enter the [CLS] loss only
     on_device = device.type != "cpu" if args.augment_on == "auto" else args.augment_on == "device"
     compiled = device.type == "cuda" if args.compile is None else args.compile
+    recompute = choose_recompute(args, compiled)
     if compiled:
         utils.check_compiler(device)
     torch.backends.cudnn.benchmark = True  # crops have one size or two
@@ -533,9 +544,9 @@ def pretrain(args, signals, at_end):
     amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     for network in (student, teacher):
         network.backbone.residual_dtype = amp_dtype if args.residual_dtype == "amp" else None
-        network.backbone.set_grad_checkpointing(args.grad_checkpointing or args.recompute == "blocks")
+        network.backbone.set_grad_checkpointing(recompute == "blocks")
         if compiled:
-            network.compile_parts(args.recompute)
+            network.compile_parts(recompute)
     ddp_student = utils.data_parallel(student, device, args.accum_iter) if process.world_size > 1 else student
 
     # ============ schedules, loss, optimizer ============
@@ -583,7 +594,7 @@ def pretrain(args, signals, at_end):
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
-              f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; colours changed on: "
+              f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; recomputed: {recompute}; colours changed on: "
               f"{'device' if on_device else 'cpu'}; {workers} loader processes")
         print(f"crops of the first batch: {output_dir / pictures.CROPS}; pixels normalised with {pixel_stats}")
         print(f"total batch: {total_batch}; "

@@ -223,3 +223,14 @@ def test_compiled_step_is_the_same_and_compiles_once():
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[-1] <= 14, graphs
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_recompute_flags():
+    def choose(*words, compiled=True):
+        return main_ibot.choose_recompute(main_ibot.get_args_parser().parse_args(words), compiled)
+    assert choose() == "elementwise" and choose(compiled=False) == "none"
+    assert choose("--grad_checkpointing", "true") == choose("--recompute", "blocks", compiled=False) == "blocks"
+    with pytest.raises(utils.InputError, match="--recompute half is left to the compiler"):
+        choose("--recompute", "half", compiled=False)
+    with pytest.raises(utils.InputError, match="give one of them"):
+        choose("--recompute", "none", "--grad_checkpointing", "true")
