@@ -160,8 +160,8 @@ def get_args_parser():
     run.add_argument("--compile", default=None, type=flag,
                      help="compile blocks, head and loss, at the first steps; default: on CUDA")
     run.add_argument("--recompute", default=None, choices=tuple(models.RECOMPUTE),
-                     help="what the backward pass computes again instead of keeping it: elementwise operations, or as much as "
-                          "halves what is kept (both need --compile); blocks: all but each block's input; "
+                     help="what the backward pass computes again instead of keeping it: elementwise operations, or as much "
+                          "as halves what is kept (both need --compile); blocks: all but each block's input; "
                           "default: elementwise where compiled, else none")
     run.add_argument("--grad_checkpointing", default=False, type=flag, help="the same as --recompute blocks")
     run.add_argument("--seed", default=0, type=int)
@@ -441,7 +441,7 @@ def flops_per_image(args):
 def choose_recompute(args, compiled):
     """The key of `models.RECOMPUTE` that the flags mean. Raises `utils.InputError` for one that needs the compiler."""
     if args.grad_checkpointing and args.recompute not in (None, "blocks"):
-        raise utils.InputError(f"--grad_checkpointing true means --recompute blocks, not {args.recompute}: give one of them")
+        raise utils.InputError(f"--grad_checkpointing true is --recompute blocks, not {args.recompute}: give one of them")
     if args.recompute in ("elementwise", "half") and not compiled:
         raise utils.InputError(f"--recompute {args.recompute} is left to the compiler: add --compile true, or take blocks")
     return args.recompute or ("blocks" if args.grad_checkpointing else "elementwise" if compiled else "none")
@@ -594,8 +594,8 @@ def pretrain(args, signals, at_end):
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
-              f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; recomputed: {recompute}; colours changed on: "
-              f"{'device' if on_device else 'cpu'}; {workers} loader processes")
+              f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; recomputed: {recompute}; "
+              f"colours changed on: {'device' if on_device else 'cpu'}; {workers} loader processes")
         print(f"crops of the first batch: {output_dir / pictures.CROPS}; pixels normalised with {pixel_stats}")
         print(f"total batch: {total_batch}; "
               f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")

@@ -48,7 +48,7 @@ def get_args():
     parser.add_argument("--compile", default=None, type=utils.bool_flag, help="of our step; default: on a GPU")
     parser.add_argument("--table", action="store_true", help="all networks and crops")
     parser.add_argument("--variants", action="store_true",
-                        help="instead of the baseline: our step against itself, crop sizes apart, and with each --recompute")
+                        help="instead of the baseline: our step against itself: crop sizes apart, each --recompute")
     parser.add_argument("--float32", action="store_true",
                         help="instead: the baseline, our eager and our compiled step in float32, in turn")
     parser.add_argument("--watch", action="store_true",

@@ -6,8 +6,8 @@ from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition, window_reverse
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +88,9 @@ class SwinTransformer(TimmSwinTransformer):
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
         self.head = nn.Identity()
         self.pos_drop = nn.Dropout(0.0)  # as a ViT's: fine-tuning sets its rate
-        self.run_block = PadThenShiftBlock.forward  # a compiled one takes its place with `compile_blocks`
+        # compiled ones take their place with `compile_blocks`
+        self.run_embed, self.run_merge = SwinTransformer.prepare_tokens, PatchMerging.forward
+        self.run_block = PadThenShiftBlock.forward
         self.embed_dim = self.num_features
         # The original merges patches at the end of a stage and timm at the start of the next. Modules are re-added in
         # the original's order, on which the optimiser's state in a checkpoint depends.
@@ -121,7 +123,7 @@ class SwinTransformer(TimmSwinTransformer):
 
     def run_stages(self, x, mask=None, taps=None):
         """Images to the normed grid [B, h, w, D]. The list `taps` gets the grid [B, h, w, C] after each block."""
-        x, scales = self.prepare_tokens(x, mask), None
+        x, scales = self.run_embed(self, x, mask), None
         x = x.to(self.residual_dtype or x.dtype)
         depth = sum(len(stage.blocks) for stage in self.layers)
         rate = getattr(self.layers[-1].blocks[-1].drop_path1, "drop_prob", 0.0)  # which fine-tuning may have set
@@ -136,7 +138,8 @@ class SwinTransformer(TimmSwinTransformer):
                     x = self.run_block(*inputs)
                 if taps is not None:
                     taps.append(x)
-            x = stage.downsample(x)
+            if stage is not self.layers[-1]:
+                x = self.run_merge(stage.downsample, x)
         return self.norm(x)
 
     def forward(self, x, mask=None, return_all_tokens=None):
@@ -147,8 +150,10 @@ class SwinTransformer(TimmSwinTransformer):
         return x.mean(dim=(1, 2))
 
     def compile_blocks(self, recompute="none", backend="inductor"):
-        """Compile what a block does, once for all blocks and crops of a size."""
-        self.run_block = compiled(PadThenShiftBlock.forward, recompute, dynamic=False, backend=backend)
+        """Compile what a block does, once for all blocks of a stage and crops of a size; embedding and merging too."""
+        self.run_embed, self.run_block, self.run_merge = (
+            compiled(function, recompute, dynamic=False, backend=backend)
+            for function in (SwinTransformer.prepare_tokens, PadThenShiftBlock.forward, PatchMerging.forward))
 
     def forward_crops(self, crops, masks=None, wanted=None):
         """Tokens of crops of several sizes, as `VisionTransformer.forward_crops`, but in a pass for each size: windows

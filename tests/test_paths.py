@@ -147,8 +147,9 @@ def test_compiled_networks_are_the_same(arch, head, recompute):
     for batch in batches:
         assert_same(run([batch], networks), run([batch], plain), tolerance=1e-9)
     assert not torch._dynamo.utils.counters["graph_break"] and not torch._dynamo.utils.counters["recompile_limit"]
-    # A Swin has six kinds of block, on two sizes of crops, and on one in the teacher; the rest are the head's.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (4 if arch == "vit" else 18) + 8
+    # A Swin has six kinds of block, three merges and an embedding, on two sizes of crops, and on one in the teacher; the
+    # rest are the head's.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (4 if arch == "vit" else 30) + 8
 
 
 def test_inductor_compiles_shifted_blocks_once():
