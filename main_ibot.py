@@ -633,7 +633,7 @@ def pretrain(args, signals, at_end):
                 utils.set_random_state(progress["random"][process.rank], device)
             except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
-        batches = loader.device_batches(data_loader, device, photometry, pixel_stats)
+        batches = loader.device_batches(data_loader, device, photometry, pixel_stats, amp_dtype or torch.float32)
         check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
             ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),
