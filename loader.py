@@ -69,13 +69,13 @@ def _mean_std(device, scale, stats):
         return [scale * torch.tensor(v, device=device).view(3, 1, 1) for v in stats]
 
 
-def normalize(images, stats=IMAGENET):
-    """[*, 3, H, W] -> float32 of the same shape, normalised with `PixelStats`, on the images' device.
+def normalize(images, stats=IMAGENET, dtype=torch.float32):
+    """[*, 3, H, W] -> `dtype` of the same shape, normalised in float32 with `PixelStats`, on the images' device.
 
     uint8 counts as 0..255; any other dtype is taken to be in 0..1 already.
     """
     mean, std = _mean_std(images.device, 255 if images.dtype == torch.uint8 else 1, stats)
-    return (images.float() - mean) / std
+    return ((images.float() - mean) / std).to(dtype)
 
 
 def check_pixel_stats(stats, mean="--mean", std="--std"):
@@ -888,8 +888,8 @@ def _stack(positions):
     return stacked.unflatten(0, (len(positions), -1))
 
 
-def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET):
-    """`Batch` of uint8 crops, on the training device -> the same with normalised float32 crops, ready for the networks.
+def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32):
+    """`Batch` of uint8 crops, on the training device -> the same with normalised crops, ready for the networks.
 
     What `batch.photometry` asks for is done first, one crop position at a time: temporaries are of B crops, not of
     (G + L) B. `photometry` may be a compiled `apply_photometry`.
@@ -899,15 +899,16 @@ def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET):
         rows = batch.photometry.split([0 if x is None else len(x) for x in crops])
         crops = [None if x is None else torch.stack([photometry(*pair) for pair in zip(x, r, strict=True)])
                  for x, r in zip(crops, rows, strict=True)]
-    global_crops, local_crops = (None if x is None else normalize(x, stats) for x in crops)
+    global_crops, local_crops = (None if x is None else normalize(x, stats, dtype) for x in crops)
     return batch._replace(global_crops=global_crops, local_crops=local_crops, photometry=None)
 
 
-def device_batches(data_loader, device, photometry=apply_photometry, stats=IMAGENET):
+def device_batches(data_loader, device, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32):
     """Batches of a DataLoader, moved to `device` and finished there (`finish_batch`).
 
     On CUDA a batch is copied on a side stream while the device still computes on the one before (with `pin_memory=True`;
     without, the copy waits). None is waited for before the caller has given the device its work on the one before.
+    dtype: that of mixed precision, which else would keep a copy of the crops beside them.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in data_loader:
@@ -919,4 +920,4 @@ def device_batches(data_loader, device, photometry=apply_photometry, stats=IMAGE
             for x in batch:
                 if x is not None:
                     x.record_stream(main)  # its memory may not go to a later copy before `main` has read it
-        yield finish_batch(batch, photometry, stats)
+        yield finish_batch(batch, photometry, stats, dtype)

@@ -100,6 +100,8 @@ def get_args_parser():
                        help="losses or gradients that are not finite: end the run, or go on without that update "
                             f"({utils.MAX_DROPPED} in a row end it too)")
     optim.add_argument("--use_fp16", default=True, type=flag, help="mixed precision")
+    optim.add_argument("--residual_dtype", default="float32", choices=("float32", "amp"),
+                       help="amp: tokens between blocks in half precision too, as --amp_dtype says; LayerNorm in float32")
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
                        help="auto: bfloat16 on GPUs that have it and CPUs with matrix units for it (AMX), float16 with "
                             "a gradient scaler on other CUDA devices, off elsewhere")
@@ -157,8 +159,11 @@ def get_args_parser():
     run.add_argument("--print_freq", default=10, type=int, help="steps between log lines; the device is read only then")
     run.add_argument("--compile", default=None, type=flag,
                      help="compile blocks, head and loss, at the first steps; default: on CUDA")
-    run.add_argument("--grad_checkpointing", default=False, type=flag,
-                     help="compute each block again in the backward pass instead of keeping its activations")
+    run.add_argument("--recompute", default=None, choices=tuple(models.RECOMPUTE),
+                     help="what the backward pass computes again instead of keeping it: elementwise operations, or as much "
+                          "as halves what is kept (both need --compile); blocks: all but each block's input; "
+                          "default: elementwise where compiled, else none")
+    run.add_argument("--grad_checkpointing", default=False, type=flag, help="the same as --recompute blocks")
     run.add_argument("--seed", default=0, type=int)
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     run.add_argument("--dist_url", default="env://", type=str, help="rendezvous of several processes")
@@ -433,6 +438,15 @@ def flops_per_image(args):
     return counter.get_total_flops() / B
 
 
+def choose_recompute(args, compiled):
+    """The key of `models.RECOMPUTE` that the flags mean. Raises `utils.InputError` for one that needs the compiler."""
+    if args.grad_checkpointing and args.recompute not in (None, "blocks"):
+        raise utils.InputError(f"--grad_checkpointing true is --recompute blocks, not {args.recompute}: give one of them")
+    if args.recompute in ("elementwise", "half") and not compiled:
+        raise utils.InputError(f"--recompute {args.recompute} is left to the compiler: add --compile true, or take blocks")
+    return args.recompute or ("blocks" if args.grad_checkpointing else "elementwise" if compiled else "none")
+
+
 def build_optimizer(name, parameter_groups, device):
     """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step.
 
@@ -496,6 +510,7 @@ def pretrain(args, signals, at_end):
     local_crops_number = args.local_crops_number if args.lambda1 else 0  # local crops enter the [CLS] loss only
     on_device = device.type != "cpu" if args.augment_on == "auto" else args.augment_on == "device"
     compiled = device.type == "cuda" if args.compile is None else args.compile
+    recompute = choose_recompute(args, compiled)
     if compiled:
         utils.check_compiler(device)
     torch.backends.cudnn.benchmark = True  # crops have one size or two
@@ -526,10 +541,12 @@ def pretrain(args, signals, at_end):
     # ============ networks ============
     student, teacher = (network.to(device) for network in build_networks(args))
     ema = utils.ema_pairs(student, teacher)
+    amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     for network in (student, teacher):
-        network.backbone.set_grad_checkpointing(args.grad_checkpointing)
+        network.backbone.residual_dtype = amp_dtype if args.residual_dtype == "amp" else None
+        network.backbone.set_grad_checkpointing(recompute == "blocks")
         if compiled:
-            network.compile_parts()
+            network.compile_parts(recompute)
     ddp_student = utils.data_parallel(student, device, args.accum_iter) if process.world_size > 1 else student
 
     # ============ schedules, loss, optimizer ============
@@ -543,7 +560,6 @@ def pretrain(args, signals, at_end):
         ibot_loss.compile()
         photometry = torch.compile(photometry, dynamic=False)
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student), device)
-    amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     peak = utils.peak_flops(device, amp_dtype)
     load = flops_per_image(args) / peak if peak else None  # seconds that the device needs at least
@@ -578,8 +594,8 @@ def pretrain(args, signals, at_end):
         print(utils.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
-              f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; colours changed on: "
-              f"{'device' if on_device else 'cpu'}; {workers} loader processes")
+              f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; recomputed: {recompute}; "
+              f"colours changed on: {'device' if on_device else 'cpu'}; {workers} loader processes")
         print(f"crops of the first batch: {output_dir / pictures.CROPS}; pixels normalised with {pixel_stats}")
         print(f"total batch: {total_batch}; "
               f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
@@ -617,7 +633,7 @@ def pretrain(args, signals, at_end):
                 utils.set_random_state(progress["random"][process.rank], device)
             except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
-        batches = loader.device_batches(data_loader, device, photometry, pixel_stats)
+        batches = loader.device_batches(data_loader, device, photometry, pixel_stats, amp_dtype or torch.float32)
         check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
             ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),
@@ -775,7 +791,7 @@ def train_step(batches, student, teacher, ema, ibot_loss, optimizer, scaler, epo
     optimizer.param_groups[0]["weight_decay"] = float(weight_decay)
 
     optimizer.zero_grad()
-    rows, labels, clusters = [], [], []
+    rows, labels, clusters, signs = [], [], [], {}
     for i, batch in enumerate(batches):
         # forward: teacher on plain global crops, student on the same crops masked and on plain local crops
         G, B = batch.global_crops.shape[:2]
@@ -793,16 +809,18 @@ def train_step(batches, student, teacher, ema, ibot_loss, optimizer, scaler, epo
                 student_cls, student_patch, _ = student(global_crops, index, masks=masks, local_crops=local_crops)
             losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, teacher_mean, weight, G, epoch)
 
-            # backward
+            clusters.append(teacher_cls[:B].argmax(dim=-1))
+            labels.append(batch.labels)
+            agree = (clusters[-1] == student_cls[B:2 * B].argmax(dim=-1)).float().mean()
+            rows.append(torch.stack([*(value.detach() for value in losses.values()), agree]))
+            if watch and last:
+                signs = ibot_loss.collapse_signs(teacher_cls, teacher_patch, weight, losses, epoch)
+
+            # backward; what it does not read makes room
+            del batch, global_crops, local_crops, teacher_cls, teacher_patch, student_cls, student_patch
             loss = losses["loss"] / accum_iter
             (loss if scaler is None else scaler.scale(loss)).backward()
-
-        clusters.append(teacher_cls[:B].argmax(dim=-1))
-        labels.append(batch.labels)
-        agree = (clusters[-1] == student_cls[B:2 * B].argmax(dim=-1)).float().mean()
-        rows.append(torch.stack([*(value.detach() for value in losses.values()), agree]))
     means = torch.stack(rows).mean(dim=0)
-    signs = ibot_loss.collapse_signs(teacher_cls, teacher_patch, weight, losses, epoch) if watch else {}
 
     # clip each parameter by itself, move the centres, hold the last layer, step
     if scaler is not None:

@@ -273,9 +273,10 @@ def default_workers():
 def data_parallel(network, device, accum_iter=1):
     """`network` for several processes, each with its share of the batch."""
     # Every step uses the same parameters; but torch cannot skip the synchronisation of some batches in a static graph.
+    # Buffers are constants, or statistics that batch norm takes over all processes itself.
     return torch.nn.parallel.DistributedDataParallel(
         network, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-        static_graph=accum_iter == 1)
+        broadcast_buffers=False, static_graph=accum_iter == 1)
 
 
 def get_world_size():

@@ -56,10 +56,12 @@ class Ours:
         amp = args.amp_dtype != "none"
         self.amp_dtype = utils.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
         self.scaler = torch.amp.GradScaler(device.type) if self.amp_dtype == torch.float16 else None
+        recompute = main_ibot.choose_recompute(self.args, args.compile)
         for network in (self.student, self.teacher):
-            network.backbone.set_grad_checkpointing(self.args.grad_checkpointing)
+            network.backbone.residual_dtype = self.amp_dtype if self.args.residual_dtype == "amp" else None
+            network.backbone.set_grad_checkpointing(recompute == "blocks")
             if args.compile:
-                network.compile_parts()
+                network.compile_parts(recompute)
         if args.compile:
             self.loss.compile()
 

@@ -4,6 +4,8 @@
     python benchmarks/pretrain_step.py --arch vit_base --batch 32 --local_crops_number 0
     python benchmarks/pretrain_step.py --table                          # all networks and crops of benchmarks/README.md
     python benchmarks/pretrain_step.py --data_path data/imagenet/train  # also: training from the real loader
+    python benchmarks/pretrain_step.py --variants --compile true        # each --recompute against the default
+    python benchmarks/pretrain_step.py --float32                        # eager and compiled against the baseline, in turn
     python benchmarks/pretrain_step.py --watch --compile true           # compilations and waits in 200 steps
 
 The two steps alternate within one process, so that both meet the same noise; the ratio is that of the medians. Each
@@ -46,7 +48,9 @@ def get_args():
     parser.add_argument("--compile", default=None, type=utils.bool_flag, help="of our step; default: on a GPU")
     parser.add_argument("--table", action="store_true", help="all networks and crops")
     parser.add_argument("--variants", action="store_true",
-                        help="instead of the baseline: our step against itself, crop sizes apart or checkpointed")
+                        help="instead of the baseline: our step against itself: crop sizes apart, each --recompute")
+    parser.add_argument("--float32", action="store_true",
+                        help="instead: the baseline, our eager and our compiled step in float32, in turn")
     parser.add_argument("--watch", action="store_true",
                         help="instead: count the compilations in 200 of our steps; on a GPU, fail if a step waits for it")
     parser.add_argument("--data_path", default=None, help="image folder: also train from it with the real loader")
@@ -216,7 +220,7 @@ def peak_memory(name, args, device):
 
 def memory_in_child(name, args):
     words = [f"--{key}={value}" for key, value in vars(args).items()
-             if key not in ("table", "variants", "watch", "one", "data_path", "num_workers")]
+             if key not in ("table", "variants", "float32", "watch", "one", "data_path", "num_workers")]
     result = subprocess.run([sys.executable, __file__, *words, "--one", name], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"the memory of {name} was not measured:\n{result.stderr}")
@@ -263,11 +267,26 @@ def measure_variants(args, device):
             return x if wanted is None else x.index_select(0, models.multi_crop.wanted_rows(shapes, wanted)), shapes
         network.backbone.forward_crops = separately
     variants = {"ours": ours.step, "crop sizes apart": apart.step,
-                "checkpointed": Ours(args, device, grad_checkpointing=True).step}
+                **{f"recompute {name}": Ours(args, device, recompute=name).step for name in models.RECOMPUTE
+                   if args.compile or name not in ("elementwise", "half")}}
+    if ours.amp_dtype is not None:
+        variants["residuals in amp"] = Ours(args, device, residual_dtype="amp").step
     seconds = alternate(variants, batches, args.steps, device, warm_up=10 if args.compile else 2)
     t = {name: statistics.median(values) for name, values in seconds.items()}
     for name in variants:
-        print(f"  {name:<17} {1e3 * t[name]:8.1f} ms a step, {t[name] / t['ours']:.3f} of ours")
+        print(f"  {name:<21} {1e3 * t[name]:8.1f} ms a step, {t[name] / t['ours']:.3f} of ours")
+
+
+def measure_float32(args, device):
+    """Our eager and compiled step in float32 against the baseline; batches are padded as the compiled one needs them."""
+    args = argparse.Namespace(**{**vars(args), "amp_dtype": "none", "compile": True})
+    batches = random_batches(args, device)
+    eager = argparse.Namespace(**{**vars(args), "compile": False})
+    paths = {"baseline": Baseline(args, device), "ours, eager": Ours(eager, device), "ours, compiled": Ours(args, device)}
+    seconds = alternate({name: path.step for name, path in paths.items()}, batches, args.steps, device, warm_up=10)
+    t = {name: statistics.median(values) for name, values in seconds.items()}
+    for name in paths:
+        print(f"  {name:<15} {1e3 * t[name]:8.1f} ms a step, {t['baseline'] / t[name]:.2f} times the baseline's images/s")
 
 
 def watch(args, device, steps=200):
@@ -329,6 +348,8 @@ def main():
     torch.manual_seed(0)
     if args.variants:
         measure_variants(args, device)
+    elif args.float32:
+        measure_float32(args, device)
     elif args.watch:
         watch(args, device)
     else:

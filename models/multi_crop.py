@@ -2,8 +2,42 @@
 
 Letters: B images, G global crops, L local crops, N patch tokens of a global crop, M masked patches, D width, K outputs.
 """
+import functools
+
 import torch
+import torch._dynamo.config
+import torch._functorch.config
 from torch import nn
+
+# What compiled code computes again in the backward pass, in settings of torch's partitioner. By default it keeps whatever
+# a matrix product of the backward pass reads, normed tokens and GELU's outputs too.
+RECOMPUTE = {
+    "none": {},
+    "elementwise": {"ban_recompute_materialized_backward": False},
+    "half": {"ban_recompute_materialized_backward": False, "activation_memory_budget": 0.5},
+    "blocks": {},  # `set_grad_checkpointing`, compiled or not
+}
+
+
+def compiled(function, recompute="none", **kwargs):
+    """`torch.compile(function, **kwargs)` that computes again in the backward pass what `recompute`, of RECOMPUTE, says."""
+    function = torch.compile(function, **kwargs)
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        # A Swin has a program for each stage, with shift and without, for each crop size, and for student and teacher.
+        with torch._functorch.config.patch(RECOMPUTE[recompute]), torch._dynamo.config.patch(recompile_limit=64):
+            return function(*args, **kwargs)
+    return run
+
+
+def draw_drop_scales(rate, depth, crops, device):
+    """Factors of drop path for the branches of `depth` blocks, [depth, 2, crops]: 0, or what makes up for the zeros.
+
+    One draw per crop, block and branch; rates rise linearly over the blocks, from 0 to `rate`.
+    """
+    keep = 1 - torch.linspace(0, rate, depth, device=device).view(depth, 1, 1)
+    return (torch.rand(depth, 2, crops, device=device) < keep) / keep
 
 
 def wanted_rows(shapes, wanted):
@@ -34,11 +68,11 @@ class MultiCropWrapper(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def compile_parts(self):
-        """Compile the backbone's blocks and the head, in place: names of parameters stay."""
-        self.backbone.compile_blocks()
-        self.head.bottleneck = torch.compile(self.head.bottleneck)
-        self.head.last_layers = torch.compile(self.head.last_layers)
+    def compile_parts(self, recompute="none", backend="inductor"):
+        """Compile the backbone's blocks and the head, in place: names of parameters stay. `recompute`: see `compiled`."""
+        self.backbone.compile_blocks(recompute, backend)
+        self.head.bottleneck = compiled(self.head.bottleneck, recompute, backend=backend)
+        self.head.last_layers = compiled(self.head.last_layers, recompute, backend=backend)
 
     def forward(self, global_crops, mask_index, masks=None, local_crops=None, patch_mean=False):
         """Logits of the given crops.

@@ -2,55 +2,70 @@
 
 Letters: B images, N tokens of the last stage, D width of the last stage, C width of a stage.
 """
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition, window_reverse
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.multi_crop import wanted_rows
-
-_shift_masks = {}
+from models.multi_crop import compiled, draw_drop_scales, wanted_rows
 
 
-@torch.compiler.assume_constant_result
+@cache
 def shift_mask(height, width, window_size, shift_size, device):
     """What keeps the parts of a rolled grid apart: [windows, wh * ww, wh * ww], 0 within a part and -100 between two.
 
     `height` x `width` is the padded grid; windows that hold the seam mix tokens from both of its sides.
     """
-    key = (height, width, window_size, shift_size, device)
-    if key not in _shift_masks:
-        with torch.inference_mode(False):
-            parts = torch.zeros(1, height, width, 1, device=device)
-            for dim, (window, shift) in enumerate(zip(window_size, shift_size, strict=True), start=1):
-                parts.narrow(dim, parts.shape[dim] - window, window).add_(3 ** dim)
-                parts.narrow(dim, parts.shape[dim] - shift, shift).add_(3 ** dim)
-            parts = window_partition(parts, window_size).flatten(1)  # [windows, wh * ww]
-            _shift_masks[key] = torch.where(parts.unsqueeze(1) == parts.unsqueeze(2), 0.0, -100.0)
-    return _shift_masks[key]
+    with torch.inference_mode(False):
+        parts = torch.zeros(1, height, width, 1, device=device)
+        for dim, (window, shift) in enumerate(zip(window_size, shift_size, strict=True), start=1):
+            parts.narrow(dim, parts.shape[dim] - window, window).add_(3 ** dim)
+            parts.narrow(dim, parts.shape[dim] - shift, shift).add_(3 ** dim)
+        parts = window_partition(parts, window_size).flatten(1)  # [windows, wh * ww]
+        return torch.where(parts.unsqueeze(1) == parts.unsqueeze(2), 0.0, -100.0)
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
     """timm's block with the original's order: pad to whole windows first, shift after (timm does the reverse)."""
 
-    def _attn(self, x):
+    def shift_mask(self, height, width, device):
+        """`shift_mask` for a grid of height x width tokens, or None where this block does not shift."""
+        (wh, ww), shifts = self.window_size, any(self.shift_size)
+        return shift_mask(height + -height % wh, width + -width % ww, (wh, ww), self.shift_size, device) if shifts else None
+
+    def attend(self, x, mask):
+        """Attention within (shifted) windows of a grid [B, H, W, C]; `mask` as `shift_mask` gives it.
+
+        The windows of an image go beside the heads, so that one bias serves all images: [windows * heads, area, area].
+        """
         B, H, W, C = x.shape
-        (wh, ww), (sh, sw) = self.window_size, self.shift_size
+        (wh, ww), (sh, sw), attn = self.window_size, self.shift_size, self.attn
         x = F.pad(x, (0, 0, 0, -W % ww, 0, -H % wh))
         _, Hp, Wp, _ = x.shape
-        if sh or sw:
+        if mask is not None:
             x = torch.roll(x, (-sh, -sw), dims=(1, 2))
-        windows = window_partition(x, self.window_size).view(-1, self.window_area, C)  # [B * windows, wh * ww, C]
-        mask = shift_mask(Hp, Wp, self.window_size, self.shift_size, x.device) if sh or sw else None
-        windows = self.attn(windows, mask=mask)
-        x = window_reverse(windows.view(-1, wh, ww, C), self.window_size, Hp, Wp)
-        if sh or sw:
+        windows = window_partition(x, self.window_size).view(B, -1, wh * ww, C)  # [B, windows, area, C]
+        q, k, v = attn.qkv(windows).unflatten(-1, (3, attn.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
+        bias = attn._get_rel_pos_bias()  # [1, heads, area, area]
+        bias = bias.expand(windows.shape[1], -1, -1, -1) if mask is None else bias + mask.unsqueeze(1)
+        bias = bias.flatten(0, 1).to(q.dtype)  # [windows * heads, area, area]
+        dropout = attn.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=attn.scale)  # [B, windows * heads, area, d]
+        x = x.unflatten(1, (-1, attn.num_heads)).transpose(2, 3).reshape(-1, wh, ww, C)
+        x = window_reverse(attn.proj_drop(attn.proj(x)), self.window_size, Hp, Wp)
+        if mask is not None:
             x = torch.roll(x, (sh, sw), dims=(1, 2))
         return x[:, :H, :W]
+
+    def forward(self, x, mask=None, drop_scales=None):
+        """Token grid [B, H, W, C] to the same. drop_scales: [2, B, 1, 1, 1], what drop path multiplies the branches by."""
+        first, second = (1.0, 1.0) if drop_scales is None else drop_scales
+        x = (x + first * self.attend(self.norm1(x), mask)).to(x.dtype)
+        return (x + second * self.mlp(self.norm2(x))).to(x.dtype)
 
 
 class SwinTransformer(TimmSwinTransformer):
@@ -68,11 +83,14 @@ class SwinTransformer(TimmSwinTransformer):
         super().__init__(img_size=224, patch_size=patch_size, window_size=window_size, drop_path_rate=drop_path_rate,
                          strict_img_size=False, norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)
         self.patch_size = patch_size
+        self.residual_dtype = None  # what tokens are held in between blocks; None: as they come
         self.return_all_tokens = return_all_tokens
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
         self.head = nn.Identity()
         self.pos_drop = nn.Dropout(0.0)  # as a ViT's: fine-tuning sets its rate
-        self.run = SwinTransformer.forward  # a compiled one takes its place with `compile_blocks`
+        # compiled ones take their place with `compile_blocks`
+        self.run_embed, self.run_merge = SwinTransformer.prepare_tokens, PatchMerging.forward
+        self.run_block = PadThenShiftBlock.forward
         self.embed_dim = self.num_features
         # The original merges patches at the end of a stage and timm at the start of the next. Modules are re-added in
         # the original's order, on which the optimiser's state in a checkpoint depends.
@@ -86,9 +104,7 @@ class SwinTransformer(TimmSwinTransformer):
                 merge.norm = norm
             for block in stage.blocks:
                 block.__class__ = PadThenShiftBlock  # timm offers no way to pass a block class
-                attention = block.attn
-                attention.fused_attn = True
-                attention.register_buffer("relative_position_index", attention.relative_position_index, persistent=True)
+                block.attn.register_buffer("relative_position_index", block.attn.relative_position_index, persistent=True)
 
     def prepare_tokens(self, x, mask=None):
         """Images [B, 3, H, W] and masks (bool [B, h, w], 32-pixel cells, or None) to a token grid [B, H/4, W/4, C]."""
@@ -105,27 +121,44 @@ class SwinTransformer(TimmSwinTransformer):
         x = x.flatten(1, 2)
         return torch.cat((x.mean(dim=1, keepdim=True), x), dim=1)
 
-    def forward(self, x, mask=None, return_all_tokens=None):
-        """Mean token and normed tokens [B, 1 + N, D], or the mean alone [B, D]. Without `mask` nothing is masked."""
-        x = self.prepare_tokens(x, mask)
+    def run_stages(self, x, mask=None, taps=None):
+        """Images to the normed grid [B, h, w, D]. The list `taps` gets the grid [B, h, w, C] after each block."""
+        x, scales = self.run_embed(self, x, mask), None
+        x = x.to(self.residual_dtype or x.dtype)
+        depth = sum(len(stage.blocks) for stage in self.layers)
+        rate = getattr(self.layers[-1].blocks[-1].drop_path1, "drop_prob", 0.0)  # which fine-tuning may have set
+        if self.training and rate:
+            scales = iter(draw_drop_scales(rate, depth, len(x), x.device).view(depth, 2, -1, 1, 1, 1))
         for stage in self.layers:
             for block in stage.blocks:
-                recompute = stage.grad_checkpointing and torch.is_grad_enabled()
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-            x = stage.downsample(x)
-        x = self.norm(x)  # [B, h, w, D]
+                inputs = (block, x, block.shift_mask(*x.shape[1:3], x.device), scales and next(scales))
+                if stage.grad_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(self.run_block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = self.run_block(*inputs)
+                if taps is not None:
+                    taps.append(x)
+            if stage is not self.layers[-1]:
+                x = self.run_merge(stage.downsample, x)
+        return self.norm(x)
+
+    def forward(self, x, mask=None, return_all_tokens=None):
+        """Mean token and normed tokens [B, 1 + N, D], or the mean alone [B, D]. Without `mask` nothing is masked."""
+        x = self.run_stages(x, mask)
         if self.return_all_tokens if return_all_tokens is None else return_all_tokens:
             return self._with_mean(x)
         return x.mean(dim=(1, 2))
 
-    def compile_blocks(self):
-        """Compile what `forward_crops` does with the crops of a size."""
-        self.run = torch.compile(SwinTransformer.forward, dynamic=False)
+    def compile_blocks(self, recompute="none", backend="inductor"):
+        """Compile what a block does, once for all blocks of a stage and crops of a size; embedding and merging too."""
+        self.run_embed, self.run_block, self.run_merge = (
+            compiled(function, recompute, dynamic=False, backend=backend)
+            for function in (SwinTransformer.prepare_tokens, PadThenShiftBlock.forward, PatchMerging.forward))
 
     def forward_crops(self, crops, masks=None, wanted=None):
         """Tokens of crops of several sizes, as `VisionTransformer.forward_crops`, but in a pass for each size: windows
         leave little to pack."""
-        tokens = [self.run(self, x, masks if i == 0 else None, return_all_tokens=True) for i, x in enumerate(crops)]
+        tokens = [self(x, masks if i == 0 else None, return_all_tokens=True) for i, x in enumerate(crops)]
         shapes = tuple((len(x), x.shape[1]) for x in tokens)
         x = torch.cat([x.flatten(0, 1) for x in tokens])
         return x if wanted is None else x.index_select(0, wanted_rows(shapes, wanted)), shapes
@@ -135,17 +168,11 @@ class SwinTransformer(TimmSwinTransformer):
 
         Only blocks of the last stage pass through the final norm, which has their width; the mean is taken after it.
         """
-        x, taps = self.prepare_tokens(x), []
-        first = sum(len(stage.blocks) for stage in self.layers) - n
-        i = 0
-        for stage in self.layers:
-            for block in stage.blocks:
-                x = block(x)
-                if i >= first:
-                    taps.append(self._with_mean(self.norm(x) if norm and stage is self.layers[-1] else x))
-                i += 1
-            x = stage.downsample(x)
-        return taps
+        grids = []
+        self.run_stages(x, taps=grids)
+        last = len(grids) - len(self.layers[-1].blocks)
+        taps = [self.norm(grid) if norm and i >= last else grid for i, grid in enumerate(grids)]
+        return [self._with_mean(grid) for grid in taps[-n:]]
 
     def get_last_selfattention(self, x):
         raise NotImplementedError("Swin attends within windows and has no [CLS] token: use a ViT for attention maps")

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.multi_crop import wanted_rows
+from models.multi_crop import compiled, draw_drop_scales, wanted_rows
 
 
 def resample_positions(pos_embed, height, width):
@@ -59,8 +59,8 @@ class PackedBlock(Block):
             x, attended = x.index_select(0, rows), self.attn.proj(torch.cat(parts).index_select(0, rows))
             drop_scales = None if drop_scales is None else drop_scales.index_select(1, rows)
         first, second = (1.0, 1.0) if drop_scales is None else drop_scales
-        x = x + first * attended
-        return x + second * self.mlp(self.norm2(x))
+        x = (x + first * attended).to(x.dtype)
+        return (x + second * self.mlp(self.norm2(x))).to(x.dtype)
 
 
 class VisionTransformer(TimmVisionTransformer):
@@ -81,6 +81,7 @@ class VisionTransformer(TimmVisionTransformer):
         self.patch_size = patch_size
         self.drop_path_rate = drop_path_rate
         self.run_block = PackedBlock.packed  # a compiled one takes its place with `compile_blocks`
+        self.residual_dtype = None  # what `forward_crops` holds tokens in between blocks; None: as they come
         self.return_all_tokens = return_all_tokens
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at 1e-6
@@ -102,9 +103,9 @@ class VisionTransformer(TimmVisionTransformer):
         x = self.norm(self.blocks(self.prepare_tokens(x, mask)))
         return x if (self.return_all_tokens if return_all_tokens is None else return_all_tokens) else x[:, 0]
 
-    def compile_blocks(self):
+    def compile_blocks(self, recompute="none", backend="inductor"):
         """Compile what `forward_crops` does in a block, once for all blocks."""
-        self.run_block = torch.compile(PackedBlock.packed, dynamic=False)
+        self.run_block = compiled(PackedBlock.packed, recompute, dynamic=False, backend=backend)
 
     def forward_crops(self, crops, masks=None, wanted=None):
         """Normed tokens of crops of several sizes in one pass; equal to `forward` on each size by itself.
@@ -121,6 +122,7 @@ class VisionTransformer(TimmVisionTransformer):
         tokens = [self.prepare_tokens(x, masks if i == 0 else None) for i, x in enumerate(crops)]
         shapes = tuple((len(x), x.shape[1]) for x in tokens)
         x = torch.cat([x.flatten(0, 1) for x in tokens])  # [T, D]
+        x = x.to(self.residual_dtype or x.dtype)
         rows = None if wanted is None else wanted_rows(shapes, wanted)
         if rows is not None:
             torch._dynamo.maybe_mark_dynamic(rows, 0)  # the one size that changes from step to step
@@ -134,12 +136,10 @@ class VisionTransformer(TimmVisionTransformer):
         return self.norm(x), shapes
 
     def _drop_scales(self, shapes, device):
-        """Factors of drop path, one draw per crop, block and branch: `depth` tensors [2, T, 1], or None without it."""
+        """Factors of drop path for the tokens of all crops: `depth` tensors [2, T, 1], or None without it."""
         if not self.training or not self.drop_path_rate:
             return None
-        depth, crops = len(self.blocks), sum(B for B, _ in shapes)
-        keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=device).view(depth, 1, 1)
-        scales = (torch.rand(depth, 2, crops, device=device) < keep) / keep
+        scales = draw_drop_scales(self.drop_path_rate, len(self.blocks), sum(B for B, _ in shapes), device)
         scales = [part.repeat_interleave(N, dim=2)
                   for part, (_, N) in zip(scales.split([B for B, _ in shapes], dim=2), shapes, strict=True)]
         return torch.cat(scales, dim=2).unsqueeze(-1).unbind()

@@ -1,5 +1,6 @@
 """The sparse step against a dense float64 oracle written from the definition, and the parts of the step against plain loops."""
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,18 +13,19 @@ import models
 import utils
 
 B, K = 3, 24
+NANO = partial(models.vit_nano, patch_size=8, img_size=32)
 TEMPS, PATCH_TEMPS = np.array([0.05, 0.06]), np.array([0.04, 0.07])
 
 
-def build(G, L, shared=True, shared_teacher=True, norm=None, last_layer_free=True, patch_out_dim=K, seed=0, **kwargs):
+def build(G, L, shared=True, shared_teacher=True, norm=None, last_layer_free=True, patch_out_dim=K, seed=0, backbone=NANO, **kwargs):
     """A tiny float64 student and teacher with unlike weights, and a loss with centres that are not zero."""
     torch.manual_seed(seed)
 
     def network(shared, **extra):
-        backbone = models.vit_nano(patch_size=8, img_size=32, **extra)
-        head = models.iBOTHead(96, K, patch_out_dim=patch_out_dim, norm=norm, norm_last_layer=not last_layer_free,
+        trunk = backbone(**extra)
+        head = models.iBOTHead(trunk.embed_dim, K, patch_out_dim=patch_out_dim, norm=norm, norm_last_layer=not last_layer_free,
                                shared_head=shared, hidden_dim=32, bottleneck_dim=8)
-        network = models.MultiCropWrapper(backbone, head)
+        network = models.MultiCropWrapper(trunk, head)
         for p in network.parameters():
             p.data += 0.05 * torch.randn_like(p)
         return network.double()

@@ -1,10 +1,14 @@
 """Every faster or leaner path of the step against the plain one: padded, accumulated, checkpointed, compiled, in pieces."""
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from test_loss import B, build, make_batch, some_masks
+from timm.layers import DropPath
+from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
+from torch.nn import functional as F
 
 import loader
 import main_ibot
@@ -113,6 +117,92 @@ def test_pieces_of_the_patch_loss(hard):
     assert abs(values[0] - values[1]) < 1e-12 and torch.allclose(*gradients, atol=1e-14)
 
 
+# Two shifted blocks in each of two stages; 64 pixels are 16 x 16 tokens, which do not divide into windows of 7.
+SWIN = partial(models.swin_transformer.SwinTransformer, embed_dim=12, depths=(2, 2, 1, 1), num_heads=(1, 1, 2, 2), drop_path_rate=0.3)
+HEADS = {"shared": {}, "separate": {"shared": False, "shared_teacher": False, "patch_out_dim": 17}, "bn": {"norm": "bn"}, "ln": {"norm": "ln"}}
+
+
+def swin_batch():
+    masks = torch.rand(2, B, 2, 2) < 0.5
+    masks[0, 0], masks[1, 0] = True, False
+    index = masks.flatten().nonzero().flatten()
+    return loader.Batch(torch.randn(2, B, 3, 64, 64).double(), torch.randn(1, B, 3, 32, 32).double(), torch.zeros(B), masks, index,
+                        torch.rand(len(index)).double())
+
+
+@pytest.mark.parametrize("arch", ["vit", "swin"])
+@pytest.mark.parametrize("head, recompute", list(zip(HEADS, models.RECOMPUTE, strict=True)))
+def test_compiled_networks_are_the_same(arch, head, recompute):
+    """Two steps with drop path and masks: every kind of head, every choice of what is computed again."""
+    torch.manual_seed(4)
+    batches = [make_batch(2, 1, some_masks(2)) if arch == "vit" else swin_batch() for _ in range(2)]
+    backbone = {} if arch == "vit" else {"backbone": SWIN}
+    networks = build(2, 1, **HEADS[head], **backbone)
+    plain = copy.deepcopy(networks)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for network in networks[:2]:
+        network.backbone.set_grad_checkpointing(recompute == "blocks")
+        network.compile_parts(recompute, backend="aot_eager_decomp_partition")
+    for batch in batches:
+        assert_same(run([batch], networks), run([batch], plain), tolerance=1e-9)
+    assert not torch._dynamo.utils.counters["graph_break"] and not torch._dynamo.utils.counters["recompile_limit"]
+    # A Swin has six kinds of block, three merges and an embedding, on two sizes of crops, and on one in the teacher; the
+    # rest are the head's.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (4 if arch == "vit" else 30) + 8
+
+
+def test_inductor_compiles_shifted_blocks_once():
+    torch.manual_seed(5)
+    blocks = SWIN(depths=(4, 1, 1, 1)).double().layers[0].blocks
+    compiled = models.multi_crop.compiled(models.swin_transformer.PadThenShiftBlock.forward, "elementwise", dynamic=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    grids = [torch.randn(2, 8, 8, 12).double().requires_grad_() for _ in range(2)]
+    for x, call in zip(grids, (compiled, models.swin_transformer.PadThenShiftBlock.forward), strict=True):
+        x.data, y = grids[0].data, x
+        for block in blocks[1::2]:
+            y = call(block, y, block.shift_mask(8, 8, x.device))
+        y.square().sum().backward()
+    assert torch.allclose(grids[0].grad, grids[1].grad, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("size", [(14, 14), (9, 16)])
+def test_swin_attention_is_timms(size):
+    """One bias for all images against timm's plain attention, which writes the mask out for each window of the batch."""
+    torch.manual_seed(6)
+    for block in SWIN().double().layers[1].blocks:
+        block.attn.relative_position_bias_table.data.normal_()
+        x = torch.randn(3, *size, 24, dtype=torch.float64)
+        mask = block.shift_mask(*size, x.device)
+        assert (mask is None) == (not any(block.shift_size))
+        padded = F.pad(x, (0, 0, 0, -size[1] % 7, 0, -size[0] % 7))
+        H, W = padded.shape[1:3]
+        if mask is not None:
+            padded = padded.roll((-3, -3), dims=(1, 2))
+        block.attn.fused_attn = False
+        windows = WindowAttention.forward(block.attn, window_partition(padded, (7, 7)).flatten(1, 2), mask)
+        expected = window_reverse(windows.unflatten(1, (7, 7)), (7, 7), H, W)
+        if mask is not None:
+            expected = expected.roll((3, 3), dims=(1, 2))
+        assert torch.allclose(block.attend(x, mask), expected[:, :size[0], :size[1]], atol=1e-12)
+
+
+def test_swin_drops_what_fine_tuning_sets():
+    """`forward` follows the rate in the blocks' own DropPath and the attention's dropout, in training alone."""
+    torch.manual_seed(7)
+    model, x = SWIN(drop_path_rate=0.0), torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        plain = model.eval()(x)
+        assert torch.equal(model.train()(x), plain)
+        last = model.layers[-1].blocks[-1]
+        last.attn.attn_drop.p = 0.5
+        assert not torch.equal(model(x), plain) and torch.equal(model.eval()(x), plain)
+        last.attn.attn_drop.p, last.drop_path1 = 0.0, DropPath(0.5)
+        assert not torch.equal(model.train()(x), plain) and torch.equal(model.eval()(x), plain)
+
+
 @pytest.mark.skipif(torch.__version__.startswith("2.8"), reason="its compiled attention has no float64 backward on CPUs")
 def test_compiled_step_is_the_same_and_compiles_once():
     """Inductor on CPU; the number of masked patches changes from step to step, the compiled programs do not."""
@@ -123,7 +213,7 @@ def test_compiled_step_is_the_same_and_compiles_once():
     networks = build(2, 3)
     plain = copy.deepcopy(networks)
     for network in networks[:2]:
-        network.compile_parts()
+        network.compile_parts("elementwise")
     networks[2].compile()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -134,3 +224,14 @@ def test_compiled_step_is_the_same_and_compiles_once():
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[-1] <= 14, graphs
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_recompute_flags():
+    def choose(*words, compiled=True):
+        return main_ibot.choose_recompute(main_ibot.get_args_parser().parse_args(words), compiled)
+    assert choose() == "elementwise" and choose(compiled=False) == "none"
+    assert choose("--grad_checkpointing", "true") == choose("--recompute", "blocks", compiled=False) == "blocks"
+    with pytest.raises(utils.InputError, match="--recompute half is left to the compiler"):
+        choose("--recompute", "half", compiled=False)
+    with pytest.raises(utils.InputError, match="give one of them"):
+        choose("--recompute", "none", "--grad_checkpointing", "true")
