@@ -26,6 +26,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from common import K, Ours, random_batches, timed
+from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,17 @@ class PlainAttention(nn.Module):
         return self.proj((attention @ v).transpose(1, 2).reshape(B, T, D))
 
 
+def plain_windows(block, x, mask):
+    """Attention of a Swin's block by timm, which writes the mask out for each window of the batch; padded before it."""
+    B, H, W, C = x.shape
+    shifts = block.shift_size if mask is not None else (0, 0)
+    x = F.pad(x, (0, 0, 0, -W % block.window_size[1], 0, -H % block.window_size[0]))
+    height, width = x.shape[1:3]
+    windows = window_partition(x.roll([-shift for shift in shifts], dims=(1, 2)), block.window_size).flatten(1, 2)
+    windows = block.attn(windows, mask).unflatten(1, block.window_size)
+    return window_reverse(windows, block.window_size, height, width).roll(shifts, dims=(1, 2))[:, :H, :W]
+
+
 class Baseline:
     """Student, teacher, loss and step as the reference has them: every token of every crop through the K-wide layer, the
     teacher's too, losses over dense logits, one call per parameter, and the host waiting for each of them."""
@@ -90,10 +102,12 @@ class Baseline:
         networks = main_ibot.build_networks(common.training_args(args))
         self.student, self.teacher = (network.to(device) for network in networks)
         for network in (self.student, self.teacher):
-            for module in network.backbone.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = False
-            if not args.arch.startswith("swin"):
+            if args.arch.startswith("swin"):
+                for stage in network.backbone.layers:
+                    for block in stage.blocks:
+                        block.attn.fused_attn = False
+                        block.attend = partial(plain_windows, block)
+            else:
                 for block in network.backbone.blocks:
                     block.attn = PlainAttention(block.attn)
         self.centers = [torch.zeros(1, K, device=device), torch.zeros(1, 1, K, device=device)]

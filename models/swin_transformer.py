@@ -42,24 +42,26 @@ class PadThenShiftBlock(SwinTransformerBlock):
 
         The windows of an image go beside the heads, so that one bias serves all images: [windows * heads, area, area].
         """
-        B, H, W, C = x.shape
+        B, H, W, _ = x.shape
         (wh, ww), (sh, sw), attn = self.window_size, self.shift_size, self.attn
-        x = F.pad(x, (0, 0, 0, -W % ww, 0, -H % wh))
+        # Padding is 0 where the projection begins, hence its bias behind it: the products are those of real tokens alone.
+        x = F.pad(F.linear(x, attn.qkv.weight), (0, 0, 0, -W % ww, 0, -H % wh))  # [B, Hp, Wp, 3 C]
         _, Hp, Wp, _ = x.shape
         if mask is not None:
             x = torch.roll(x, (-sh, -sw), dims=(1, 2))
-        windows = window_partition(x, self.window_size).view(B, -1, wh * ww, C)  # [B, windows, area, C]
-        q, k, v = attn.qkv(windows).unflatten(-1, (3, attn.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
+        windows = window_partition(x, self.window_size).view(B, -1, wh * ww, x.shape[-1])  # [B, windows, area, 3 C]
+        windows = windows + attn.qkv.bias.to(x.dtype)
+        q, k, v = windows.unflatten(-1, (3, attn.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
         bias = attn._get_rel_pos_bias()  # [1, heads, area, area]
         bias = bias.expand(windows.shape[1], -1, -1, -1) if mask is None else bias + mask.unsqueeze(1)
         bias = bias.flatten(0, 1).to(q.dtype)  # [windows * heads, area, area]
         dropout = attn.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=attn.scale)  # [B, windows * heads, area, d]
-        x = x.unflatten(1, (-1, attn.num_heads)).transpose(2, 3).reshape(-1, wh, ww, C)
-        x = window_reverse(attn.proj_drop(attn.proj(x)), self.window_size, Hp, Wp)
+        x = x.unflatten(1, (-1, attn.num_heads)).transpose(2, 3).flatten(0, 1).reshape(-1, wh, ww, windows.shape[-1] // 3)
+        x = window_reverse(x, self.window_size, Hp, Wp)
         if mask is not None:
             x = torch.roll(x, (sh, sw), dims=(1, 2))
-        return x[:, :H, :W]
+        return attn.proj_drop(attn.proj(x[:, :H, :W]))
 
     def forward(self, x, mask=None, drop_scales=None):
         """Token grid [B, H, W, C] to the same. drop_scales: [2, B, 1, 1, 1], what drop path multiplies the branches by."""

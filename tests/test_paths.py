@@ -122,12 +122,13 @@ SWIN = partial(models.swin_transformer.SwinTransformer, embed_dim=12, depths=(2,
 HEADS = {"shared": {}, "separate": {"shared": False, "shared_teacher": False, "patch_out_dim": 17}, "bn": {"norm": "bn"}, "ln": {"norm": "ln"}}
 
 
-def swin_batch():
+def swin_batch(local):
+    """Global crops, and where `local` is true local ones."""
     masks = torch.rand(2, B, 2, 2) < 0.5
     masks[0, 0], masks[1, 0] = True, False
     index = masks.flatten().nonzero().flatten()
-    return loader.Batch(torch.randn(2, B, 3, 64, 64).double(), torch.randn(1, B, 3, 32, 32).double(), torch.zeros(B), masks, index,
-                        torch.rand(len(index)).double())
+    local_crops = torch.randn(1, B, 3, 32, 32).double() if local else None
+    return loader.Batch(torch.randn(2, B, 3, 64, 64).double(), local_crops, torch.zeros(B), masks, index, torch.rand(len(index)).double())
 
 
 @pytest.mark.parametrize("arch", ["vit", "swin"])
@@ -135,7 +136,7 @@ def swin_batch():
 def test_compiled_networks_are_the_same(arch, head, recompute):
     """Two steps with drop path and masks: every kind of head, every choice of what is computed again."""
     torch.manual_seed(4)
-    batches = [make_batch(2, 1, some_masks(2)) if arch == "vit" else swin_batch() for _ in range(2)]
+    batches = [make_batch(2, 1, some_masks(2)) if arch == "vit" else swin_batch(local=head == "shared") for _ in range(2)]
     backbone = {} if arch == "vit" else {"backbone": SWIN}
     networks = build(2, 1, **HEADS[head], **backbone)
     plain = copy.deepcopy(networks)
