@@ -92,7 +92,7 @@ class SwinTransformer(TimmSwinTransformer):
         self.pos_drop = nn.Dropout(0.0)  # as a ViT's: fine-tuning sets its rate
         # compiled ones take their place with `compile_blocks`
         self.run_embed, self.run_merge = SwinTransformer.prepare_tokens, PatchMerging.forward
-        self.run_block = PadThenShiftBlock.forward
+        self.run_block = PadThenShiftBlock.__call__
         self.embed_dim = self.num_features
         # The original merges patches at the end of a stage and timm at the start of the next. Modules are re-added in
         # the original's order, on which the optimiser's state in a checkpoint depends.

@@ -793,7 +793,7 @@ def test_a_batch_is_handed_on_before_the_next_one_is_waited_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(loader, "finish_batch", lambda batch, photometry: batch)
+    monkeypatch.setattr(loader, "finish_batch", lambda batch, *_: batch)
     for i, _ in enumerate(loader.device_batches(loaded(), torch.device("cuda"))):
         events.append(f"computed {i}")
     assert events == [event for i in range(2) for event in (f"loaded {i}", "copied", "waited for the copy", "recorded", f"computed {i}")]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -87,8 +88,10 @@ GOOD = {"protocol": "knn", "checkpoint": "c", "key": "k", "settings": {}, "metri
     (b"[" * 100000 + b"]" * 100000, "recursion"), (b"9" * 5000, "digits"),
     (json.dumps([GOOD]).replace('"settings": {}', '"settings": {"a": ' + "[" * 985 + "]" * 985 + "}").encode(), "recursion"),
 ])
-def test_damaged_results(tmp_path, content, reason, capsys):
+def test_damaged_results(tmp_path, content, reason, capsys, request):
     """One line for those who read, and those who append, who leave the file as it is."""
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(1000)  # the usual one, which compilations in tests before this have raised
     path = tmp_path / "results.json"
     path.write_bytes(content)
     for use in (lambda: record(tmp_path), lambda: report.report(tmp_path)):
