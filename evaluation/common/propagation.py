@@ -54,8 +54,11 @@ def _weighted_mean(q, keys, values, far, topk):
     similarity = q @ keys.T  # [T, S K]
     if far is not None:
         similarity.view(len(q), -1, far.shape[1]).masked_fill_(far[:, None], -torch.inf)
-    threshold = similarity.topk(min(topk, len(keys)), dim=1).values[:, -1:]
-    return similarity.masked_fill_(similarity < threshold, -torch.inf).softmax(dim=1) @ values
+    best, places = similarity.topk(min(topk + 1, len(keys)), dim=1)
+    last = best[:, :topk][:, -1:]
+    if (best[:, topk:] < last).all():  # none is as good as the last of them: only these are looked at again
+        return (best[:, :topk].softmax(dim=1)[..., None] * values[places[:, :topk]]).sum(dim=1)
+    return similarity.masked_fill_(similarity < last, -torch.inf).softmax(dim=1) @ values
 
 
 @lru_cache(maxsize=1024)
