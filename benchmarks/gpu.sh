@@ -72,7 +72,7 @@ part evaluations ' of ' "$python" benchmarks/evaluation.py --parts heads knn log
 case " $parts " in
     *" processes "*)
         if [ "$gpus" -gt 1 ] || [ "$device" = cpu ]; then
-            part processes 'done|training time' "$python" -m torch.distributed.run --standalone --nproc_per_node 2 main_ibot.py \
+            part processes 'training time' "$python" -m torch.distributed.run --standalone --nproc_per_node 2 main_ibot.py \
                 --device "$device" --arch vit_tiny --data_path "$images" --output_dir "$out/processes" --overwrite true --epochs 2 \
                 --batch_size_per_gpu 16 --local_crops_number 2 --out_dim 1024 --shared_head true --warmup_epochs 0
         else
