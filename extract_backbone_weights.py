@@ -21,8 +21,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import engine
 import loader
-import utils
 
 
 def get_args_parser():
@@ -30,7 +30,7 @@ def get_args_parser():
     parser.add_argument("checkpoint", help="file to read (.pth or .safetensors)")
     parser.add_argument("output", help="file to write; its ending, .pth or .safetensors, says the kind")
     parser.add_argument("--checkpoint_key", default="state_dict", help="entry of the checkpoint: student, teacher, ...")
-    parser.add_argument("--with_head", type=utils.bool_flag, default=False, help="keep the projection head too")
+    parser.add_argument("--with_head", type=engine.bool_flag, default=False, help="keep the projection head too")
     parser.add_argument("--format", choices=("ibot", "flat", "timm"), default="ibot")
     return parser
 
@@ -48,18 +48,18 @@ def extract(checkpoint, key, path, with_head=False, timm_format=False):
 
     Raises InputError when there is no such entry, no backbone in it, or a value that is not finite.
     """
-    state = utils.backbone_state_dict(checkpoint, key, path)
+    state = engine.backbone_state_dict(checkpoint, key, path)
     if "patch_embed.proj.weight" not in state:
-        raise utils.InputError(f"checkpoint {path}: key {key!r} holds no backbone (no patch_embed.proj.weight)")
+        raise engine.InputError(f"checkpoint {path}: key {key!r} holds no backbone (no patch_embed.proj.weight)")
     if timm_format:
         state = timm_state_dict(state)
     elif with_head:
-        whole = utils.without_prefix(utils.network_state_dict(checkpoint, key, path), "backbone.")
+        whole = engine.without_prefix(engine.network_state_dict(checkpoint, key, path), "backbone.")
         state |= {name: value for name, value in whole.items() if name not in state}
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
     if broken:
-        raise utils.InputError(f"checkpoint {path}: {len(broken)} tensors of {key!r} are not finite, the first: "
-                               f"{utils.printable(broken[0])}")
+        raise engine.InputError(f"checkpoint {path}: {len(broken)} tensors of {key!r} are not finite, the first: "
+                               f"{engine.printable(broken[0])}")
     return state
 
 
@@ -67,24 +67,24 @@ def main():
     args = get_args_parser().parse_args()
     output = Path(args.output)
     if output.suffix not in (".pth", ".safetensors"):
-        raise utils.InputError(f"output {output}: its name must end in .pth or .safetensors")
+        raise engine.InputError(f"output {output}: its name must end in .pth or .safetensors")
     if args.with_head and args.format == "timm":
-        raise utils.InputError("--with_head true: timm's models have no such head; use --format ibot")
-    checkpoint = utils.load_checkpoint(args.checkpoint)
+        raise engine.InputError("--with_head true: timm's models have no such head; use --format ibot")
+    checkpoint = engine.load_checkpoint(args.checkpoint)
     state = extract(checkpoint, args.checkpoint_key, args.checkpoint, args.with_head, args.format == "timm")
     stats = loader.stored_pixel_stats(checkpoint, args.checkpoint)
     if output.exists() and output.samefile(args.checkpoint):
-        raise utils.InputError(f"output {output}: is the checkpoint itself")
+        raise engine.InputError(f"output {output}: is the checkpoint itself")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise utils.InputError(f"output {output}: its folder cannot be made ({error.strerror})") from error
+        raise engine.InputError(f"output {output}: its folder cannot be made ({error.strerror})") from error
     if output.suffix == ".pth":
         known = {"args": stats.as_settings()} if stats != loader.IMAGENET else {}
-        utils.save_atomically({"state_dict": state, **known} if args.format == "ibot" else state, output)
+        engine.save_atomically({"state_dict": state, **known} if args.format == "ibot" else state, output)
     else:
         if "__metadata__" in state:
-            raise utils.InputError(f"output {output}: a safetensors file cannot hold a tensor called __metadata__")
+            raise engine.InputError(f"output {output}: a safetensors file cannot hold a tensor called __metadata__")
         temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
         # Clones: safetensors refuses tensors that share storage, as a shared head's two names do.
         tensors = {name: value.clone().contiguous() for name, value in state.items()}
@@ -93,7 +93,7 @@ def main():
                 name: " ".join(map(str, values)) for name, values in stats.as_settings().items()})
             os.replace(temporary, output)
         except SafetensorError as error:
-            raise utils.InputError(f"output {output}: {utils.printable(error, 160)}") from error
+            raise engine.InputError(f"output {output}: {engine.printable(error, 160)}") from error
         finally:
             temporary.unlink(missing_ok=True)
     print(f"{output}: {len(state)} tensors, {sum(value.numel() for value in state.values()) / 1e6:.2f} M values, "
@@ -101,4 +101,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

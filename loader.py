@@ -25,7 +25,7 @@ from torch.utils.data import DistributedSampler, default_collate
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import (
+from engine import (
     InputError,
     default_workers,
     get_world_size,

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
+import engine
 import loader
 import models
 import pictures
@@ -39,7 +40,7 @@ SIGNS = ("cls_entropy", "cls_kl", "cls_std", "patch_entropy", "patch_cross", "pa
 def get_args_parser():
     """All flags with the reference's names and defaults; use it with `parents=[get_args_parser()]`."""
     parser = argparse.ArgumentParser("iBOT", add_help=False, allow_abbrev=False)
-    flag = utils.bool_flag
+    flag = engine.bool_flag
 
     network = parser.add_argument_group("network")
     network.add_argument("--arch", default="vit_small", choices=models.ARCHS)
@@ -98,7 +99,7 @@ def get_args_parser():
     optim.add_argument("--momentum_teacher", default=0.996, type=float, help="EMA momentum at the start; rises to 1")
     optim.add_argument("--on_nonfinite", default="stop", choices=("stop", "skip"),
                        help="losses or gradients that are not finite: end the run, or go on without that update "
-                            f"({utils.MAX_DROPPED} in a row end it too)")
+                            f"({engine.MAX_DROPPED} in a row end it too)")
     optim.add_argument("--use_fp16", default=True, type=flag, help="mixed precision")
     optim.add_argument("--residual_dtype", default="float32", choices=("float32", "amp"),
                        help="amp: tokens between blocks in half precision too, as --amp_dtype says; LayerNorm in float32")
@@ -146,13 +147,13 @@ def get_args_parser():
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default=".", type=str)
     run.add_argument("--load_from", default=None, type=str,
-                     help=f"resume from this file of the output folder, e.g. {utils.CHECKPOINT}; auto: from the newest "
+                     help=f"resume from this file of the output folder, e.g. {engine.CHECKPOINT}; auto: from the newest "
                           "good one, or a fresh start where there is none")
     run.add_argument("--overwrite", default=False, type=flag, help="start over in an output folder that holds a run")
     run.add_argument("--saveckp_freq", default=40, type=int,
                      help="also keep checkpointNNNN.pth every so many epochs; 0: never")
     run.add_argument("--save_every_steps", default=0, type=int,
-                     help=f"also save {utils.CHECKPOINT} every so many updates; 0: never")
+                     help=f"also save {engine.CHECKPOINT} every so many updates; 0: never")
     run.add_argument("--save_every_minutes", default=0.0, type=float, help="the same by the clock")
     run.add_argument("--on_save_error", default="continue", choices=("continue", "stop"),
                      help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
@@ -196,10 +197,10 @@ def with_resolved(args, augment, stats):
 
 
 def check_args(args):
-    """Raise `utils.InputError` for values that cannot be trained with, before anything is touched."""
+    """Raise `engine.InputError` for values that cannot be trained with, before anything is touched."""
     def need(condition, message):
         if not condition:
-            raise utils.InputError(message)
+            raise engine.InputError(message)
 
     need(args.data_path, "--data_path is missing: the image folder to train on, one sub-folder per class")
     for name in ("epochs", "batch_size_per_gpu", "out_dim", "patch_out_dim", "head_hidden_dim", "patch_size", "window_size",
@@ -252,7 +253,7 @@ def check_args(args):
 
     output_dir = Path(args.output_dir)
     need(not (args.load_from and args.overwrite), "--load_from resumes and --overwrite true starts over: give one of them")
-    utils.check_output(output_dir, args.load_from, args.overwrite, run_files(output_dir))
+    engine.check_output(output_dir, args.load_from, args.overwrite, run_files(output_dir))
 
 
 # ---------------------------------------------------------------- the loss
@@ -360,7 +361,7 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         means = [torch.where(finite, 0.0, math.nan).view(1), torch.stack(cls_means).mean(dim=0)]
         if patches:
             means.append(torch.stack(patch_means).mean(dim=0))
-        means = utils.all_reduce_mean(torch.cat(means))
+        means = engine.all_reduce_mean(torch.cat(means))
         finite, means = means.isfinite().all(), means[1:]
         K = self.center.shape[-1]
         moved = self.center.lerp(means[None, :K], 1 - self.center_momentum)
@@ -439,11 +440,11 @@ def flops_per_image(args):
 
 
 def choose_recompute(args, compiled):
-    """The key of `models.RECOMPUTE` that the flags mean. Raises `utils.InputError` for one that needs the compiler."""
+    """The key of `models.RECOMPUTE` that the flags mean. Raises `engine.InputError` for one that needs the compiler."""
     if args.grad_checkpointing and args.recompute not in (None, "blocks"):
-        raise utils.InputError(f"--grad_checkpointing true is --recompute blocks, not {args.recompute}: give one of them")
+        raise engine.InputError(f"--grad_checkpointing true is --recompute blocks, not {args.recompute}: give one of them")
     if args.recompute in ("elementwise", "half") and not compiled:
-        raise utils.InputError(f"--recompute {args.recompute} is left to the compiler: add --compile true, or take blocks")
+        raise engine.InputError(f"--recompute {args.recompute} is left to the compiler: add --compile true, or take blocks")
     return args.recompute or ("blocks" if args.grad_checkpointing else "elementwise" if compiled else "none")
 
 
@@ -488,18 +489,18 @@ def build_schedules(args, steps_per_epoch, total_batch):
 def train_ibot(args):
     """Pre-train as `args` (of `get_args_parser`) say; `args` is only read.
 
-    Raises `utils.InputError`, FloatingPointError for numbers that are not finite, and `utils.Preempted` when SIGTERM or
+    Raises `engine.InputError`, FloatingPointError for numbers that are not finite, and `engine.Preempted` when SIGTERM or
     SIGUSR1 came and the run is saved.
     """
     check_args(args)
     with ExitStack() as at_end:
-        signals = utils.StopSignals()
+        signals = engine.StopSignals()
         at_end.callback(signals.restore)
         pretrain(args, signals, at_end)
 
 
 def pretrain(args, signals, at_end):
-    process = utils.init_process(args.device, args.dist_url)
+    process = engine.init_process(args.device, args.dist_url)
     device, main_process = process.device, process.rank == 0
     output_dir = Path(args.output_dir)
     utils.fix_random_seeds(args.seed)  # the same weights on all processes
@@ -512,9 +513,9 @@ def pretrain(args, signals, at_end):
     compiled = device.type == "cuda" if args.compile is None else args.compile
     recompute = choose_recompute(args, compiled)
     if compiled:
-        utils.check_compiler(device)
+        engine.check_compiler(device)
     torch.backends.cudnn.benchmark = True  # crops have one size or two
-    workers = utils.default_workers() if args.num_workers is None else args.num_workers
+    workers = engine.default_workers() if args.num_workers is None else args.num_workers
     dataset = loader.ImageFolderMask(
         args.data_path,
         transform=loader.MultiCropAugmentation(
@@ -530,24 +531,24 @@ def pretrain(args, signals, at_end):
     data_loader = DataLoader(
         dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=workers, drop_last=True,
         collate_fn=partial(loader.collate, pad_masks=64 if compiled else 1),
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=utils.ignore_signals,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=engine.ignore_signals,
         generator=torch.Generator())  # its own, or starting workers in mid-epoch would draw from the run's
     total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
     steps_per_epoch = len(data_loader) // args.accum_iter
     if not steps_per_epoch:
-        raise utils.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than one batch of "
+        raise engine.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than one batch of "
                                f"{total_batch}; lower --batch_size_per_gpu{' or --accum_iter' * (args.accum_iter > 1)}")
 
     # ============ networks ============
     student, teacher = (network.to(device) for network in build_networks(args))
     ema = utils.ema_pairs(student, teacher)
-    amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    amp_dtype = engine.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     for network in (student, teacher):
         network.backbone.residual_dtype = amp_dtype if args.residual_dtype == "amp" else None
         network.backbone.set_grad_checkpointing(recompute == "blocks")
         if compiled:
             network.compile_parts(recompute)
-    ddp_student = utils.data_parallel(student, device, args.accum_iter) if process.world_size > 1 else student
+    ddp_student = engine.data_parallel(student, device, args.accum_iter) if process.world_size > 1 else student
 
     # ============ schedules, loss, optimizer ============
     schedules, notes = build_schedules(args, steps_per_epoch, total_batch)
@@ -561,7 +562,7 @@ def pretrain(args, signals, at_end):
         photometry = torch.compile(photometry, dynamic=False)
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    peak = utils.peak_flops(device, amp_dtype)
+    peak = engine.peak_flops(device, amp_dtype)
     load = flops_per_image(args) / peak if peak else None  # seconds that the device needs at least
     if args.arch.startswith("swin") and args.use_masked_im_modeling and any(args.pred_ratio) and not args.pred_start_epoch:
         notes.append("note: a Swin masked from the first epoch on: watch its gradient norms (step/grad_norm); the recipe "
@@ -575,23 +576,23 @@ def pretrain(args, signals, at_end):
         images = progress["step"] * progress["total_batch"]  # of the running epoch
         progress["step"] = images // total_batch
         if progress["step"] > steps_per_epoch:
-            raise utils.InputError(f"checkpoint {path}: {images} images of its epoch were used, the folder has "
+            raise engine.InputError(f"checkpoint {path}: {images} images of its epoch were used, the folder has "
                                    f"{len(dataset)}")
         notes += notes_of_resume(path, checkpoint, args, process, len(dataset), images, progress["step"] * total_batch)
         del checkpoint
     started = start_epoch * steps_per_epoch + progress["step"]
-    utils.check_same_start(started, args.load_from, output_dir)
+    engine.check_same_start(started, args.load_from, output_dir)
 
     writer = None
     if main_process:
-        if args.load_from == "auto" and path == output_dir / utils.PREVIOUS:
-            path = path.replace(output_dir / utils.CHECKPOINT)  # which is damaged: the next save is not to keep that one
-        utils.start_output(output_dir, start_epoch if path else None, run_files(output_dir))
+        if args.load_from == "auto" and path == output_dir / engine.PREVIOUS:
+            path = path.replace(output_dir / engine.CHECKPOINT)  # which is damaged: the next save is not to keep that one
+        engine.start_output(output_dir, start_epoch if path else None, run_files(output_dir))
         if not path:
             pictures.write_crops(dataset, islice(sampler, 6), args.use_masked_im_modeling, output_dir)
         writer = SummaryWriter(output_dir / "tf_logs", purge_step=started or None)
-        at_end.callback(utils.close_writer, writer)
-        print(utils.describe_run(args, process))
+        at_end.callback(engine.close_writer, writer)
+        print(engine.describe_run(args, process))
         print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps_per_epoch} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
               f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; recomputed: {recompute}; "
@@ -603,20 +604,20 @@ def pretrain(args, signals, at_end):
         print("\n".join(notes + [where]), flush=True)
 
     # ============ training ============
-    at_end.enter_context(utils.collecting_by_hand())
+    at_end.enter_context(engine.collecting_by_hand())
     start_time, saved_at = time.time(), time.monotonic()
     bad_before, warned = set(progress["bad"]), set()
 
     def wanted():
         """What this process wants before the next batch: to STOP, to SAVE or nothing."""
         due = main_process and args.save_every_minutes and time.monotonic() - saved_at > 60 * args.save_every_minutes
-        return utils.STOP if signals.received else utils.SAVE if due else 0
+        return engine.STOP if signals.received else engine.SAVE if due else 0
 
     def save_now(epoch, progress):
         """Save the run as it is before update `progress["step"]` of `epoch`; all processes call it. False if that fails."""
         nonlocal saved_at
         own = {"total_batch": total_batch, "folder": len(dataset), "bad": loader.bad_images(dataset, bad_before, device),
-               "random": [part.cpu() for part in utils.gather_parts(utils.random_state(device).to(device))]}
+               "random": [part.cpu() for part in engine.gather_parts(engine.random_state(device).to(device))]}
         if main_process:
             saved = save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress | own)
         saved_at = time.monotonic()
@@ -630,9 +631,9 @@ def pretrain(args, signals, at_end):
         utils.fix_random_seeds(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         if progress["step"] and len(progress["random"]) == process.world_size:
             try:
-                utils.set_random_state(progress["random"][process.rank], device)
+                engine.set_random_state(progress["random"][process.rank], device)
             except (RuntimeError, ValueError, IndexError, OverflowError) as error:
-                raise utils.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
+                raise engine.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
         batches = loader.device_batches(data_loader, device, photometry, pixel_stats, amp_dtype or torch.float32)
         check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
@@ -655,7 +656,7 @@ def pretrain(args, signals, at_end):
     if main_process:
         if start_epoch >= args.epochs:
             print(f"nothing to do: {path} has finished {start_epoch} epochs")
-        print(f"training time {utils.eta_string(time.time() - start_time)}; checkpoint: {output_dir / utils.CHECKPOINT}")
+        print(f"training time {engine.eta_string(time.time() - start_time)}; checkpoint: {output_dir / engine.CHECKPOINT}")
 
 
 def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, steps, schedules, epoch, progress, wanted,
@@ -668,9 +669,9 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         wanted, save_now, check_images: see `pretrain`; `check_images` is called with each log line.
         load: seconds that a device needs at least for an image; None: not known.
 
-    Raises `utils.Preempted` at the first batch at which any process wants to stop, after saving.
+    Raises `engine.Preempted` at the first batch at which any process wants to stop, after saving.
     """
-    meters, signs = utils.DeviceMeters(METERS), utils.DeviceMeters(SIGNS)
+    meters, signs = engine.DeviceMeters(METERS), engine.DeviceMeters(SIGNS)
     waited, since, since_step = 0.0, time.time(), progress["step"]
     # What a checkpoint held is of all processes; one of them goes on with it.
     real, predicted = ([progress[name][:None if writer else 0].to(device)] for name in ("labels", "clusters"))
@@ -681,10 +682,10 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         batch = fetch()
         waited += time.time() - wait_from
         # The hosts agree before each batch, so that all stop at the same one, whichever of them a signal or a stall met.
-        want = utils.host_reduce(wanted())
-        if want == utils.STOP:
-            raise utils.Preempted
-        if want == utils.SAVE and first:
+        want = engine.host_reduce(wanted())
+        if want == engine.STOP:
+            raise engine.Preempted
+        if want == engine.SAVE and first:
             save_here()
         return batch
 
@@ -693,8 +694,8 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         rows = meters.read()
         for step, row in enumerate(rows, start=epoch * steps + progress["step"] - len(rows)):
             row |= {"lr": float(schedules["lr"][step]), "wd": float(schedules["wd"][step])}
-            utils.count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
-            utils.log_scalars(writer, "step", row, step)
+            engine.count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
+            engine.log_scalars(writer, "step", row, step)
         for row in signs.read():
             share = row.pop("patch_share")
             cross = row.pop("patch_cross")
@@ -704,20 +705,20 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
             else:
                 del row["patch_entropy"], row["patch_used"]
             if "nonfinite" not in row:
-                utils.add_row(progress, row)
-                utils.log_scalars(writer, "step", row, epoch * steps + progress["step"] - 1)
+                engine.add_row(progress, row)
+                engine.log_scalars(writer, "step", row, epoch * steps + progress["step"] - 1)
         return rows
 
     def save_here():
         read_meters()
-        labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu() for parts in (real, predicted))
+        labels, clusters = (torch.cat(engine.gather_parts(torch.cat(parts))).cpu() for parts in (real, predicted))
         return save_now(epoch, progress | {"labels": labels, "clusters": clusters})
 
     first = progress["step"]
     for it in range(first, steps):
         step = epoch * steps + it
         log_step = (it + 1) % args.print_freq == 0 or it + 1 == steps
-        before = utils.random_state(device) if args.accum_iter > 1 else None
+        before = engine.random_state(device) if args.accum_iter > 1 else None
         if args.save_every_steps and it > first and step % args.save_every_steps == 0:
             save_here()
         try:
@@ -727,11 +728,11 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
                 momentum=schedules["momentum"][step], clip_grad=args.clip_grad,
                 freeze_last_layer=epoch < args.freeze_last_layer, amp_dtype=amp_dtype, accum_iter=args.accum_iter,
                 watch=log_step)
-        except utils.Preempted:
+        except engine.Preempted:
             ibot_loss.teacher_means.clear()  # of batches of this update, which a resumed run computes again
             if before is not None:  # with one batch an update nothing was drawn before the stop
-                utils.set_random_state(before, device)
-            raise utils.stopped(save_here(), epoch, it) from None
+                engine.set_random_state(before, device)
+            raise engine.stopped(save_here(), epoch, it) from None
         progress["step"] = it + 1
         meters.add(*(means[name] for name in METERS))
         if log_step:
@@ -744,24 +745,24 @@ def train_one_epoch(student, teacher, ema, ibot_loss, optimizer, scaler, fetch, 
         last = read_meters()[-1]
         elapsed, now = time.time() - since, time.time()
         if writer:
-            images_s = (it + 1 - since_step) * len(labels) * utils.get_world_size() / elapsed
+            images_s = (it + 1 - since_step) * len(labels) * engine.get_world_size() / elapsed
             speed = {"images_per_second": images_s}
             if load:  # model FLOPs utilisation, of all devices
-                speed["mfu"] = images_s * load / utils.get_world_size()
+                speed["mfu"] = images_s * load / engine.get_world_size()
             left = (args.epochs * steps - step - 1) * elapsed / (it + 1 - since_step)
             print(f"epoch {epoch}/{args.epochs} [{it + 1:>{len(str(steps))}}/{steps}]  "
-                  + "  ".join(f"{name} {last[name]:.4f} ({utils.mean_of(progress, name):.4f})" for name in METERS[:4])
+                  + "  ".join(f"{name} {last[name]:.4f} ({engine.mean_of(progress, name):.4f})" for name in METERS[:4])
                   + f"  lr {last['lr']:.2e}  wd {last['wd']:.3f}  {images_s:.1f} images/s"
                   + (f"  mfu {100 * speed['mfu']:.1f} %" if load else "") +
-                  f"  data {100 * waited / elapsed:.0f} %  memory {utils.peak_memory_mib(device):.0f} MiB"
-                  f"  eta {utils.eta_string(left)}", flush=True)
-            utils.log_scalars(writer, "step", speed, step)
+                  f"  data {100 * waited / elapsed:.0f} %  memory {engine.peak_memory_mib(device):.0f} MiB"
+                  f"  eta {engine.eta_string(left)}", flush=True)
+            engine.log_scalars(writer, "step", speed, step)
         waited, since, since_step = 0.0, now, it + 1
         check_images()
         gc.collect(1)  # young objects: the others wait for the end of the epoch
 
-    stats = {name: utils.mean_of(progress, name) for name in progress["totals"]}
-    labels, clusters = (torch.cat(utils.gather_parts(torch.cat(parts))).cpu().numpy() for parts in (real, predicted))
+    stats = {name: engine.mean_of(progress, name) for name in progress["totals"]}
+    labels, clusters = (torch.cat(engine.gather_parts(torch.cat(parts))).cpu().numpy() for parts in (real, predicted))
     if writer:
         stats |= utils.clustering_scores(labels, clusters)
         stats["cls_used"] = len(np.unique(clusters)) / args.out_dim
@@ -801,7 +802,7 @@ def train_step(batches, student, teacher, ema, ibot_loss, optimizer, scaler, epo
         index = batch.mask_index if patch_loss else batch.mask_index[:0]
         weight = batch.mask_weight if patch_loss else batch.mask_weight[:0]
         last = i + 1 == accum_iter
-        with student.no_sync() if utils.get_world_size() > 1 and not last else nullcontext():
+        with student.no_sync() if engine.get_world_size() > 1 and not last else nullcontext():
             with torch.autocast(global_crops.device.type, amp_dtype, enabled=amp_dtype is not None):
                 with torch.no_grad():
                     teacher_cls, teacher_patch, teacher_mean = teacher(
@@ -858,8 +859,8 @@ def new_progress():
 
 def write_logs(output_dir, epoch, stats, writer, bad):
     """Add an epoch to `log.txt` and TensorBoard, list bad images. A full disk is a warning."""
-    utils.log_scalars(writer, "epoch", stats, epoch)
-    utils.append_log(output_dir / "log.txt", {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
+    engine.log_scalars(writer, "epoch", stats, epoch)
+    engine.append_log(output_dir / "log.txt", {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
     if bad:
         loader.write_bad_images(output_dir, bad)
 
@@ -888,7 +889,7 @@ def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
 
 def checkpoint_files(output_dir):
     """Checkpoints of a run, newest first."""
-    found = [path for path in (output_dir / utils.CHECKPOINT, output_dir / utils.PREVIOUS) if path.exists()]
+    found = [path for path in (output_dir / engine.CHECKPOINT, output_dir / engine.PREVIOUS) if path.exists()]
     return found + sorted(output_dir.glob("checkpoint[0-9]*.pth"), reverse=True)
 
 
@@ -908,7 +909,7 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     def wrapped(network):
         return {f"module.{name}": value for name, value in network.state_dict().items()}
 
-    utils.check_finite((student, teacher, ibot_loss), epoch)
+    engine.check_finite((student, teacher, ibot_loss), epoch)
     state = {
         "student": wrapped(student),
         "teacher": wrapped(teacher) if teacher.head.has_batch_norm else teacher.state_dict(),
@@ -920,15 +921,15 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
     }
     if scaler is not None:
         state["fp16_scaler"] = scaler.state_dict()
-    path = output_dir / utils.CHECKPOINT
+    path = output_dir / engine.CHECKPOINT
     try:
-        utils.save_atomically(state, path, previous=output_dir / utils.PREVIOUS)
+        engine.save_atomically(state, path, previous=output_dir / engine.PREVIOUS)
         finished = epoch - 1  # the reference counts its files so
         if args.saveckp_freq and not progress["step"] and finished > 0 and finished % args.saveckp_freq == 0:
             path = output_dir / f"checkpoint{finished:04}.pth"
-            utils.save_atomically(state, path)
+            engine.save_atomically(state, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        utils.not_saved(path, error, args.on_save_error)
+        engine.not_saved(path, error, args.on_save_error)
         return False
     return True
 
@@ -936,16 +937,16 @@ def save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler
 def find_checkpoint(output_dir, load_from):
     """(path, content) of the checkpoint `load_from`, or for "auto" of the newest good one, (None, None) if there is none.
 
-    Raises `utils.InputError` when that file is no good, or none of those that there are.
+    Raises `engine.InputError` when that file is no good, or none of those that there are.
     """
     if load_from == "auto":
-        return utils.find_checkpoint(checkpoint_files(output_dir), read_checkpoint)
+        return engine.find_checkpoint(checkpoint_files(output_dir), read_checkpoint)
     return output_dir / load_from, read_checkpoint(output_dir / load_from)
 
 
 def read_checkpoint(path):
-    """`utils.load_pretraining`; raises `utils.InputError` too when what it says of the running epoch cannot be."""
-    checkpoint = utils.load_pretraining(path)
+    """`engine.load_pretraining`; raises `engine.InputError` too when what it says of the running epoch cannot be."""
+    checkpoint = engine.load_pretraining(path)
     progress = checkpoint.get("progress", {})
 
     def whole(name):
@@ -964,18 +965,18 @@ def read_checkpoint(path):
         isinstance(progress.get("bad"), list) and all(isinstance(name, str) for name in progress["bad"]),
         isinstance(progress.get("random"), list) and all(vector(state, torch.uint8) for state in progress["random"])))
     if not good:
-        raise utils.InputError(f"checkpoint {path}: its entry 'progress' cannot be used")
+        raise engine.InputError(f"checkpoint {path}: its entry 'progress' cannot be used")
     return checkpoint
 
 
 def restore(path, checkpoint, student, teacher, optimizer, ibot_loss, scaler):
     """Load networks, optimiser, centres and scaler from a `read_checkpoint`."""
     for key, network in (("student", student), ("teacher", teacher)):
-        utils.load_strictly(network, utils.network_state_dict(checkpoint, key, path), path)
-    utils.load_strictly(ibot_loss, checkpoint["ibot_loss"], path)
-    utils.load_optimizer(optimizer, checkpoint["optimizer"], path)
+        engine.load_strictly(network, engine.network_state_dict(checkpoint, key, path), path)
+    engine.load_strictly(ibot_loss, checkpoint["ibot_loss"], path)
+    engine.load_optimizer(optimizer, checkpoint["optimizer"], path)
     if scaler is not None and "fp16_scaler" in checkpoint:
-        utils.load_scaler(scaler, checkpoint["fp16_scaler"], path)
+        engine.load_scaler(scaler, checkpoint["fp16_scaler"], path)
 
 
 def notes_of_resume(path, checkpoint, args, process, folder, images, used):
@@ -983,8 +984,8 @@ def notes_of_resume(path, checkpoint, args, process, folder, images, used):
 
     folder: images in the folder; images: those of the running epoch that were used before; used: whole batches of them.
     """
-    free = utils.FREE_FLAGS | {"saveckp_freq"}
-    notes = [f"resumed from {path}", *utils.changed_flags(vars(args), checkpoint, free).values()]
+    free = engine.FREE_FLAGS | {"saveckp_freq"}
+    notes = [f"resumed from {path}", *engine.changed_flags(vars(args), checkpoint, free).values()]
     progress = checkpoint.get("progress", {})
     if not images:
         return notes
@@ -1006,4 +1007,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

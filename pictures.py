@@ -3,8 +3,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import engine
 import loader
-import utils
 
 CROPS = "crops.png"
 TILE, GAP, TITLE = 112, 6, 22  # pixels
@@ -61,4 +61,4 @@ def write_crops(dataset, indices, masked, output_dir):
     try:
         save_grid(rows, titles, output_dir / CROPS)
     except OSError as error:
-        utils.say_once(f"warning: {output_dir / CROPS} cannot be written ({error.strerror})")
+        engine.say_once(f"warning: {output_dir / CROPS} cannot be written ({error.strerror})")

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+import engine
 import models
-import utils
 from analysis.common import add_run_flags, output_folder
 from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone
@@ -58,22 +58,22 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
     Raises InputError when it holds no linear layer, when anything does not fit, and, if `num_classes` is given, for a
     layer of another number of outputs.
     """
-    content = utils.load_checkpoint(path)
+    content = engine.load_checkpoint(path)
     key = "model" if isinstance(content.get("model"), dict) else "state_dict"
     advice = "analysis/combine_ckpt.py makes one"
     if key not in content:
-        raise utils.InputError(f"checkpoint {path}: no classifier (no state_dict in it); {advice}")
-    state = utils.network_state_dict(content, key, path)
+        raise engine.InputError(f"checkpoint {path}: no classifier (no state_dict in it); {advice}")
+    state = engine.network_state_dict(content, key, path)
     stored = content.get("settings", {})
     if not isinstance(stored, dict):
-        raise utils.InputError(f"checkpoint {path}: its settings are a {type(stored).__name__}")
+        raise engine.InputError(f"checkpoint {path}: its settings are a {type(stored).__name__}")
     name = "linear" if "linear.weight" in state else "head"
     parts = [state.get(f"{name}.{part}") for part in ("weight", "bias")]
     if any(part is None for part in parts) or parts[0].ndim != 2:
-        raise utils.InputError(f"checkpoint {path}: no classifier under {key!r} (no linear.weight, linear.bias); {advice}")
+        raise engine.InputError(f"checkpoint {path}: no classifier under {key!r} (no linear.weight, linear.bias); {advice}")
     rest = {other: value for other, value in state.items() if not other.startswith(("linear.", "head."))}
     if "fc_norm.weight" in rest:
-        raise utils.InputError(f"checkpoint {path}: fine-tuned on the mean patch token; these tests take [CLS] tokens")
+        raise engine.InputError(f"checkpoint {path}: fine-tuned on the mean patch token; these tests take [CLS] tokens")
     known = stored or content.get("args", {})  # the latter of fine-tuning
     backbone = load_evaluated_backbone(path, key, arch, patch_size, checkpoint={key: rest, "args": known})
     if name == "head":  # fine-tuned: on the last [CLS] token
@@ -82,11 +82,11 @@ def load_classifier(path, arch=None, patch_size=None, num_classes=None):
     C, F = parts[0].shape
     dim = feature_dim(backbone.model, *settings.values())
     if dim != F:
-        raise utils.InputError(f"checkpoint {path}: its linear layer takes {F} features, {backbone.arch} gives {dim}")
+        raise engine.InputError(f"checkpoint {path}: its linear layer takes {F} features, {backbone.arch} gives {dim}")
     if num_classes is not None and C != num_classes:
-        raise utils.InputError(f"checkpoint {path}: it has {C} classes; this needs {num_classes}")
+        raise engine.InputError(f"checkpoint {path}: it has {C} classes; this needs {num_classes}")
     linear = nn.Linear(F, C)
-    utils.load_strictly(linear, {"weight": parts[0], "bias": parts[1]}, path)
+    engine.load_strictly(linear, {"weight": parts[0], "bias": parts[1]}, path)
     return Classifier(backbone.model, linear, **settings).eval().requires_grad_(False), backbone
 
 
@@ -139,4 +139,4 @@ def accuracy(classifier, images, batch_size, num_workers, process, right=None):
 def require(folder, expected, where):
     """Raise InputError unless the folder exists: what is expected there and where it is described."""
     if not folder.is_dir():
-        raise utils.InputError(f"no folder {folder}; expected: {expected} (described at {where})")
+        raise engine.InputError(f"no folder {folder}; expected: {expected} (described at {where})")

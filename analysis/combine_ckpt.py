@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import engine
 import models
-import utils
 from analysis import common
 from analysis.classifier import feature_settings
 from evaluation.common.arguments import int_from
@@ -45,42 +45,42 @@ def best_linear(checkpoint, path):
         if isinstance(state, dict) and all(torch.is_tensor(state.get(name)) for name in names):
             weight, bias = (state[name] for name in names)
             if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-                raise utils.InputError(f"checkpoint {path}: its linear layer has shapes {tuple(weight.shape)} and "
+                raise engine.InputError(f"checkpoint {path}: its linear layer has shapes {tuple(weight.shape)} and "
                                        f"{tuple(bias.shape)}")
             return weight.float().clone(), bias.float().clone(), head
-    raise utils.InputError(f"checkpoint {path}: no linear probe (no state_dict with {head}.module.linear.weight or "
+    raise engine.InputError(f"checkpoint {path}: no linear probe (no state_dict with {head}.module.linear.weight or "
                            "module.linear.weight)")
 
 
 def main():
     args = get_args_parser().parse_args()
-    linear = utils.load_checkpoint(args.checkpoint_linear)
+    linear = engine.load_checkpoint(args.checkpoint_linear)
     weight, bias, head = best_linear(linear, args.checkpoint_linear)
     stored = linear.get("settings", {})
     if not isinstance(stored, dict):
-        raise utils.InputError(f"checkpoint {args.checkpoint_linear}: its settings are a {type(stored).__name__}")
-    content = utils.load_checkpoint(args.checkpoint_backbone)
+        raise engine.InputError(f"checkpoint {args.checkpoint_linear}: its settings are a {type(stored).__name__}")
+    content = engine.load_checkpoint(args.checkpoint_backbone)
     backbone = load_evaluated_backbone(args.checkpoint_backbone, common.checkpoint_key(content, args.checkpoint_key),
                                        args.arch or stored.get("arch"), args.patch_size or stored.get("patch_size"),
                                        image_size=stored.get("image_size"), checkpoint=content)
     if stored.get("weights_hash", backbone.weights_hash) != backbone.weights_hash:
-        raise utils.InputError(f"checkpoint {args.checkpoint_linear}: this probe was trained on another backbone than "
+        raise engine.InputError(f"checkpoint {args.checkpoint_linear}: this probe was trained on another backbone than "
                                f"{backbone.key} of {args.checkpoint_backbone}")
     settings = feature_settings(stored, backbone.arch) | {
         "arch": backbone.arch, "patch_size": backbone.patch_size, "window_size": backbone.window_size,
         "global_crops_size": backbone.image_size, **backbone.pixel_stats.as_settings()}
     dim = feature_dim(backbone.model, settings["n_last_blocks"], settings["avgpool_patchtokens"])
     if weight.shape[1] != dim:
-        raise utils.InputError(f"checkpoint {args.checkpoint_linear}: its head takes {weight.shape[1]} features, "
+        raise engine.InputError(f"checkpoint {args.checkpoint_linear}: its head takes {weight.shape[1]} features, "
                                f"{backbone.arch} gives {dim} (n_last_blocks {settings['n_last_blocks']}, "
                                f"avgpool_patchtokens {settings['avgpool_patchtokens']})")
     state = backbone.model.state_dict() | {"linear.weight": weight, "linear.bias": bias}
     common.output_folder(Path(args.output_file).resolve().parent, "--output_file")
-    utils.save_atomically({"state_dict": state, "settings": settings, "epoch": linear.get("epoch", 0),
+    engine.save_atomically({"state_dict": state, "settings": settings, "epoch": linear.get("epoch", 0),
                            "best_acc": linear.get("best_acc"), "best_acc_hidx": head}, args.output_file)
     print(f"{args.output_file}: {backbone.arch} with head {head} of {len(weight)} classes, accuracy "
           f"{linear.get('best_acc', 'unknown')}", flush=True)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
+import engine
 import models
-import utils
 from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone, read_weights
 from evaluation.common.data import ImageSet
@@ -43,7 +43,7 @@ def add_run_flags(parser, batch_size=32):
     """Flags that say how a script runs, not what it does."""
     parser.add_argument("--batch_size", "--batch_size_per_gpu", type=int_from(1), default=batch_size,
                         help="images per process and batch")
-    parser.add_argument("--num_workers", type=int_from(0), default=utils.default_workers(),
+    parser.add_argument("--num_workers", type=int_from(0), default=engine.default_workers(),
                         help="loader workers per process; by default its share of the cores less one, at most 10")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--dist_url", default="env://", help="where the processes meet")
@@ -64,7 +64,7 @@ def load_vit(weights, key=None, arch=None, patch_size=None, image_size=None):
     backbone = load_evaluated_backbone(weights, checkpoint_key(checkpoint, key), arch, patch_size, image_size=image_size,
                                        checkpoint=checkpoint)
     if backbone.arch.startswith("swin"):
-        raise utils.InputError(f"checkpoint {weights}: {backbone.arch} has no [CLS] token; this analysis needs a ViT")
+        raise engine.InputError(f"checkpoint {weights}: {backbone.arch} has no [CLS] token; this analysis needs a ViT")
     return backbone, checkpoint
 
 
@@ -101,7 +101,7 @@ def mass_mask(weights, mass):
 def check_same_pixels(backbone, other, flag):
     """Raise InputError, naming `flag`, unless two networks take the same images."""
     if backbone.pixel_stats != other.pixel_stats:
-        raise utils.InputError(f"{flag}: its images are normalised with {other.pixel_stats}, the others with "
+        raise engine.InputError(f"{flag}: its images are normalised with {other.pixel_stats}, the others with "
                                f"{backbone.pixel_stats}")
 
 
@@ -130,7 +130,7 @@ def output_folder(path, flag):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise utils.InputError(f"{flag} {path}: cannot be made ({error.strerror})") from error
+        raise engine.InputError(f"{flag} {path}: cannot be made ({error.strerror})") from error
     return Path(path)
 
 

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import engine
 import loader
 import models
-import utils
 from analysis import common
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.charts import draw_curves, loss_curves, read_log
@@ -121,8 +121,8 @@ def compare(trained, train, val, seed, num_workers, process, path):
     try:
         features = {name: features_of(model, train, val, num_workers, process, name)
                     for name, model in (("untrained", untrained.eval()), ("trained", trained.model))}
-    except utils.InputError as error:  # an image that cannot be read, which training may have skipped
-        return f"k-NN: skipped, {utils.one_line(error)}"
+    except engine.InputError as error:  # an image that cannot be read, which training may have skipped
+        return f"k-NN: skipped, {engine.one_line(error)}"
     draw_neighbours(features, train, val, path)
     before, after = (knn_accuracy(parts, len(train.classes), process.device) for parts in features.values())
     return (f"k-NN top-1 (k = {min(K, len(train))}, {len(val)} validation images): "
@@ -191,10 +191,10 @@ def report(folder, data_path=None, device="auto", num_workers=1):
     """Evaluate the run in `folder`, write pictures, print a summary. data_path: None for the folder it was trained on."""
     folder = Path(folder)
     checkpoint = folder / "checkpoint.pth"
-    args = utils.load_checkpoint(checkpoint).get("args")
+    args = engine.load_checkpoint(checkpoint).get("args")
     if args is None:
-        raise utils.InputError(f"checkpoint {checkpoint}: no run of main_ibot.py (it holds no args)")
-    process = utils.init_process(device)
+        raise engine.InputError(f"checkpoint {checkpoint}: no run of main_ibot.py (it holds no args)")
+    process = engine.init_process(device)
     trained = load_evaluated_backbone(checkpoint, "teacher")
     train, val = train_and_val(data_path or args.data_path, trained.image_size, trained.normalize)
     pictures = folder / "pictures"
@@ -247,4 +247,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
+import engine
 from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.charts import draw_curves, loss_curves, read_log
@@ -83,7 +83,7 @@ def get_args_parser():
     parser.set_defaults(data_path=None, num_workers=1)
     parser.add_argument("--output_dir", help="folder of the page; by default `report` beside the checkpoint")
     parser.add_argument("--pictures", type=int_from(1), default=6, help="pictures of a kind on the page")
-    parser.add_argument("--probe", type=utils.bool_flag, default=True, help="train heads where there are training images")
+    parser.add_argument("--probe", type=engine.bool_flag, default=True, help="train heads where there are training images")
     parser.add_argument("--epochs", type=int_from(1), default=30, help="of these heads")
     return parser
 
@@ -129,7 +129,7 @@ def plan(args, backbone, root, images, out):
         Step("Correspondence between two images", [[*pairs, "--sample_type", "class"]],
              [(out / "correspondence", "class_corresp*.png", count, "Pair {}: two images of class {}")])]
     folder = Path(args.pretrained_weights).parent
-    if Path(args.pretrained_weights).name == utils.CHECKPOINT and (folder / "log.txt").is_file():  # of a pre-training
+    if Path(args.pretrained_weights).name == engine.CHECKPOINT and (folder / "log.txt").is_file():  # of a pre-training
         steps.insert(0, Step("Before and after training", [
             ["quickstart.py", "report", "--output_dir", folder, "--data_path", root or images, "--device", args.device,
              "--num_workers", args.num_workers]],
@@ -225,13 +225,13 @@ def training_section(folder, out):
 def main():
     args = get_args_parser().parse_args()
     if args.pretrained_weights == "random":
-        raise utils.InputError("--pretrained_weights random: the page is about a checkpoint")
+        raise engine.InputError("--pretrained_weights random: the page is about a checkpoint")
     backbone, checkpoint = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
     path = Path(args.pretrained_weights)
     stored = checkpoint.get("args")
     data = args.data_path or getattr(stored, "data_path", None)
     if not isinstance(data, str):
-        raise utils.InputError(f"--data_path: is needed, as {path} does not say what it was trained on")
+        raise engine.InputError(f"--data_path: is needed, as {path} does not say what it was trained on")
     root, images = find_data(data)
     common.image_folder(images)  # its errors before the work
     out = common.output_folder(args.output_dir or path.parent / "report", "--output_dir")
@@ -251,8 +251,8 @@ def main():
     target.write_text(text, encoding="utf-8", errors="replace")  # as it says itself, whatever the locale
     print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB; open it in a browser", flush=True)
     if failed:
-        raise utils.InputError(f"{len(failed)} parts failed, the page says why: {', '.join(failed)}")
+        raise engine.InputError(f"{len(failed)} parts failed, the page says why: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

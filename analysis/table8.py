@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
+import engine
 from evaluation.common.results import read_results
 
 COLUMNS = ("O.F.", "M.S.", "M.R.", "M.N.", "N.F.", "O.BB.", "O.BT.", "IN-9", "S.5", "NS.5", "IN-A", "IN-C", "IN")
@@ -50,7 +50,7 @@ def main():
     folder = parser.parse_args().output_dir
     records = of_latest_classifier(read_results(folder))
     if not records:
-        raise utils.InputError(f"{Path(folder) / 'results.json'}: no results; the robustness tests write them")
+        raise engine.InputError(f"{Path(folder) / 'results.json'}: no results; the robustness tests write them")
     for name, row in (("", COLUMNS), *PAPER.items(), ("here", table_row(records))):
         cells = [value if isinstance(value, str) else "-" if value is None else f"{value:.1f}" for value in row]
         print(f"{name:6}" + "".join(f"{cell:>7}" for cell in cells))
@@ -59,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import engine
 import loader
 import main_ibot
 import models
@@ -54,7 +55,7 @@ class Ours:
         self.loss = main_ibot.iBOTLoss(self.args.out_dim, self.args.out_dim, temps, temps).to(device)
         self.optimizer = main_ibot.build_optimizer("adamw", utils.get_params_groups(self.student), device)
         amp = args.amp_dtype != "none"
-        self.amp_dtype = utils.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
+        self.amp_dtype = engine.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
         self.scaler = torch.amp.GradScaler(device.type) if self.amp_dtype == torch.float16 else None
         recompute = main_ibot.choose_recompute(self.args, args.compile)
         for network in (self.student, self.teacher):

@@ -30,8 +30,8 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import engine
 import loader
-import utils
 
 PRED_RATIO, PRED_RATIO_VAR = (0, 0.3), (0, 0.2)
 
@@ -274,7 +274,7 @@ def main():
     if args.write:
         write_photographs(args.write, args.images, args.seed)
         return
-    device = utils.choose_device(args.device)
+    device = engine.choose_device(args.device)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     random.seed(args.seed)
@@ -312,4 +312,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -36,8 +36,8 @@ from scipy.ndimage import distance_transform_edt
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+import engine
 import models
-import utils
 from evaluation.common import davis
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import image_sets
@@ -301,8 +301,8 @@ def measure_boundaries(args):
 
 def main():
     args = get_args()
-    device = utils.choose_device(args.device)
-    process = utils.Process(0, 1, 0, device)
+    device = engine.choose_device(args.device)
+    process = engine.Process(0, 1, 0, device)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"device: {name}; torch {torch.__version__}, scikit-learn {sklearn.__version__}; "
@@ -330,4 +330,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

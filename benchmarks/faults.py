@@ -29,7 +29,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import utils
+import engine
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["main_ibot.py", "--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_size", "16",
@@ -110,7 +110,7 @@ def everything(folder):
                 walk(f"{name}.{i}", part)
         else:
             found[name] = value
-    checkpoint = utils.load_checkpoint(folder / "checkpoint.pth")
+    checkpoint = engine.load_checkpoint(folder / "checkpoint.pth")
     for key in checkpoint.keys() - {"args"}:
         walk(key, checkpoint[key])
     return found
@@ -148,7 +148,7 @@ def disturb(fault, process, output, seconds, rng, notes):
     over = "training time" in process.communicate(timeout=120)[0]
     notes["over before"] += over  # the signal met a process that was leaving
     notes["slowest end, s"] = max(notes["slowest end, s"], round(time.monotonic() - since, 1))
-    if fault == "term" and process.returncode != utils.EXIT_PREEMPTED and not over:
+    if fault == "term" and process.returncode != engine.EXIT_PREEMPTED and not over:
         notes["wrong exit codes"] += 1
     if list(output.glob(".checkpoint*")):
         notes["during a save"] += 1
@@ -192,7 +192,7 @@ def run_trial(fault, data, whole, folder, seconds, rng, notes, compare):
                 (kept / path.name).write_bytes(path.read_bytes())
         notes["half files"] += len(list(kept.glob(".checkpoint*")))
         for path in kept.glob("*.pth"):
-            utils.load_checkpoint(path)  # raises if it is no good
+            engine.load_checkpoint(path)  # raises if it is no good
         undo()
         output = kept
     else:

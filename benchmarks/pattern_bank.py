@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from common import Peak
 
-import utils
+import engine
 from analysis.extract_pattern import extract_topk_cluster as pattern
 from models import iBOTHead
 
@@ -47,7 +47,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = utils.choose_device(args.device)
+    device = engine.choose_device(args.device)
     n, N, K = args.images, args.patches, args.outputs
     print(f"{n} images x {N} patches, {K} clusters, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}")
 
@@ -70,9 +70,9 @@ def main():
              lambda: [pattern.best_members(bank, cluster, 72) for cluster in chosen])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "memory_patch.pth"
-        measured("writing the bank", lambda: utils.save_atomically({"memory_bank": bank, "key": {}}, path))
+        measured("writing the bank", lambda: engine.save_atomically({"memory_bank": bank, "key": {}}, path))
         measured("reading it", lambda: pattern.kept_bank(path, {}))
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -21,9 +21,9 @@ from common import Ours
 from data_loader import our_folder, write_photographs
 from torch.utils.data import DataLoader
 
+import engine
 import loader
 import models
-import utils
 
 
 def get_args():
@@ -36,7 +36,7 @@ def get_args():
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="the half precision")
     args = parser.parse_args()
-    device = utils.choose_device(args.device)
+    device = engine.choose_device(args.device)
     args.batch = args.batch or (32 if device.type == "cuda" else 4)
     args.compile = True  # of batches: the number of masked patches is padded
     return args, device
@@ -49,7 +49,7 @@ def photographs(args, arch, device, count):
         write_photographs(Path(folder, "images"), args.batch * count, seed=0)
         dataset = our_folder(Path(folder, "images"), args.local_crops_number, "cpu", seed=0)
         dataset.patch_size = models.mask_cell(arch, 16)
-        samples = DataLoader(dataset, args.batch, drop_last=True, num_workers=utils.default_workers(),
+        samples = DataLoader(dataset, args.batch, drop_last=True, num_workers=engine.default_workers(),
                              collate_fn=lambda samples: loader.collate(samples, pad_masks=64))
         return list(loader.device_batches(samples, device, loader.apply_photometry))
 
@@ -123,4 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -30,6 +30,7 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 from torch.utils.data import DataLoader
 
+import engine
 import loader
 import main_ibot
 import models
@@ -46,7 +47,7 @@ def get_args():
     parser.add_argument("--steps", default=None, type=int, help="timed steps of each; default 30 on a GPU, 7 elsewhere")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--amp_dtype", default="auto", choices=("auto", "none", "bfloat16", "float16"), help="of our step")
-    parser.add_argument("--compile", default=None, type=utils.bool_flag, help="of our step; default: on a GPU")
+    parser.add_argument("--compile", default=None, type=engine.bool_flag, help="of our step; default: on a GPU")
     parser.add_argument("--table", action="store_true", help="all networks and crops")
     parser.add_argument("--variants", action="store_true",
                         help="instead of the baseline: our step against itself: crop sizes apart, each --recompute")
@@ -58,7 +59,7 @@ def get_args():
     parser.add_argument("--num_workers", default=None, type=int, help="of that loader; default: the cores less one")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)  # the path whose peak memory a child process takes
     args = parser.parse_args()
-    device = utils.choose_device(args.device)
+    device = engine.choose_device(args.device)
     gpu = device.type == "cuda"
     args.batch = args.batch or (64 if gpu else 4)
     args.steps = args.steps or (30 if gpu else 7)
@@ -225,11 +226,11 @@ def peak_memory(name, args, device):
     """MiB at the peak of three steps of a path, in this process: allocated on a GPU; elsewhere the resident set above
     what it was before the networks were built."""
     batches = random_batches(args, device, count=3)
-    before = 0.0 if device.type == "cuda" else utils.peak_memory_mib(device)
+    before = 0.0 if device.type == "cuda" else engine.peak_memory_mib(device)
     path = build(name, args, device)
     for batch in batches:
         path.step(batch)
-    return utils.peak_memory_mib(device) - before
+    return engine.peak_memory_mib(device) - before
 
 
 def memory_in_child(name, args):
@@ -325,7 +326,7 @@ def watch(args, device, steps=200):
 def measure_loader(args, device, step_seconds):
     """Print images/s of training from the real loader, against the step's alone."""
     on_device = device.type != "cpu"
-    workers = utils.default_workers() if args.num_workers is None else args.num_workers
+    workers = engine.default_workers() if args.num_workers is None else args.num_workers
     dataset = loader.ImageFolderMask(
         args.data_path, loader.MultiCropAugmentation(2, (0.25, 1.0), args.local_crops_number, (0.05, 0.25),
                                                      photometry="device" if on_device else "cpu"),
@@ -333,7 +334,7 @@ def measure_loader(args, device, step_seconds):
     data_loader = DataLoader(dataset, args.batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=on_device,
                              collate_fn=lambda samples: loader.collate(samples, pad_masks=64 if args.compile else 1))
     if len(data_loader) < 2 * 10:
-        raise utils.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than 20 batches")
+        raise engine.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than 20 batches")
     ours = Ours(args, device)
     photometry = torch.compile(loader.apply_photometry, dynamic=False) if args.compile else loader.apply_photometry
     batches = loader.device_batches(data_loader, device, photometry)
@@ -373,4 +374,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

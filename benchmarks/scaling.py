@@ -18,8 +18,8 @@ import common
 import torch
 import torch.distributed as dist
 
+import engine
 import models
-import utils
 
 AXES = ("batch", "local_crops_number", "out_dim", "processes")
 
@@ -34,7 +34,7 @@ def get_args():
     parser.add_argument("--steps", default=5, type=int)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--amp_dtype", default="auto", choices=("auto", "none", "bfloat16", "float16"))
-    parser.add_argument("--compile", default=None, type=utils.bool_flag, help="default: on a GPU")
+    parser.add_argument("--compile", default=None, type=engine.bool_flag, help="default: on a GPU")
     parser.add_argument("--picture", default=Path(__file__).with_name("scaling.png"), type=Path)
     parser.add_argument("--point", default=None, type=json.loads, help=argparse.SUPPRESS)  # what a child process measures
     return parser.parse_args()
@@ -42,19 +42,19 @@ def get_args():
 
 def measure_point(args):
     """In a process of the launcher's: median seconds of a step and MiB at the peak, printed by process 0."""
-    process = utils.init_process(args.device)
+    process = engine.init_process(args.device)
     point = argparse.Namespace(**{**args.point, "arch": args.arch, "amp_dtype": args.amp_dtype,
                                   "compile": process.device.type == "cuda" if args.compile is None else args.compile})
     torch.manual_seed(0)
     ours = common.Ours(point, process.device, out_dim=point.out_dim)
     if process.world_size > 1:
-        ours.student = utils.data_parallel(ours.student, process.device)
+        ours.student = engine.data_parallel(ours.student, process.device)
     batches = common.random_batches(point, process.device, count=2)
     warm_up, seconds = 10 if point.compile else 2, []
     for i in range(warm_up + args.steps):
         seconds.append(common.timed(lambda i=i: ours.step(batches[i % 2]), process.device))
     if process.rank == 0:
-        print(json.dumps([statistics.median(seconds[warm_up:]), utils.peak_memory_mib(process.device)]), flush=True)
+        print(json.dumps([statistics.median(seconds[warm_up:]), engine.peak_memory_mib(process.device)]), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -99,7 +99,7 @@ def main():
     args = get_args()
     if args.point:
         return measure_point(args)
-    device = utils.choose_device(args.device)
+    device = engine.choose_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads in all"
     title = f"{args.arch}, 2 x 224 + 96-pixel crops; {name}; torch {torch.__version__}; medians of {args.steps} steps"
     print(title, flush=True)
@@ -122,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

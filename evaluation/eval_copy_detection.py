@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 
-import utils
+import engine
 from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.nearest import (
     ListedImages,
@@ -61,7 +61,7 @@ def read_blocks(data_path):
     blocks = {block: folder_images(Path(data_path) / block, "Copydays") for block in BLOCKS}
     odd = [f"{block} {len(paths)}" for block, paths in blocks.items() if len(paths) != (229 if block == "strong" else 157)]
     if odd:
-        utils.say_once(f"warning: {data_path}: published are 229 images in strong and 157 in all other blocks, here are "
+        engine.say_once(f"warning: {data_path}: published are 229 images in strong and 157 in all other blocks, here are "
                        f"{', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''}")
     return blocks
 
@@ -84,11 +84,11 @@ def find_positives(blocks):
             [place] if place < len(blocks["original"]) else [] for place in range(len(paths))]
         for path, found in zip(paths, positives[block], strict=True):
             if not found:
-                raise utils.InputError(f"{path}: none of the {len(blocks['original'])} originals belongs to it")
+                raise engine.InputError(f"{path}: none of the {len(blocks['original'])} originals belongs to it")
             if start(blocks["original"][found[0]]) != start(path):
                 differ.append(path)
     if differ:
-        utils.say_once(f"warning: {len(differ)} images have another name than the original at their place in the sorted "
+        engine.say_once(f"warning: {len(differ)} images have another name than the original at their place in the sorted "
                        f"list, which they are compared with; the first one is {differ[0]}")
     return positives
 
@@ -110,7 +110,7 @@ def read_whitening(model_fn, dim, paths, transform, args, process):
         dist.all_reduce(sums)
         sums = sums.cpu()
     if not sums.isfinite().all():
-        raise utils.InputError("features of the whitening images are not finite: the weights hold NaN or overflow")
+        raise engine.InputError("features of the whitening images are not finite: the weights hold NaN or overflow")
     note_short_files(images, "whitening", process)
     if process.rank > 0:
         return None
@@ -123,7 +123,7 @@ def extract(args, backbone, paths, whitening_paths, process):
     """Descriptors [n, 2 D] of length 1 of the images `paths` on rank 0, whitened if there are images for it; else None."""
     model, patch_size = backbone.model.to(process.device), backbone.patch_size
     if args.imsize < patch_size:
-        raise utils.InputError(f"--imsize {args.imsize}: smaller than a patch of {patch_size} pixels")
+        raise engine.InputError(f"--imsize {args.imsize}: smaller than a patch of {patch_size} pixels")
 
     def model_fn(images):
         return copy_descriptors(model, images, patch_size)
@@ -195,4 +195,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-import utils
+import engine
 from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.features import feature_dim
 from evaluation.common.nearest import (
@@ -66,14 +66,14 @@ def get_args_parser():
     features = parser.add_argument_group("features")
     features.add_argument("--imsize", type=int_from(1), default=224,
                           help="longer side of the images in pixels at most; smaller ones stay as they are")
-    features.add_argument("--multiscale", type=utils.bool_flag, nargs="?", const=True, default=False,
+    features.add_argument("--multiscale", type=engine.bool_flag, nargs="?", const=True, default=False,
                           help="mean over the scales 1, 1/sqrt(2) and 1/2")
     features.add_argument("--n_last_blocks", type=int_from(1), default=1, help="blocks whose [CLS] tokens are concatenated")
     features.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1, 2), default=0,
                           help="0: [CLS] tokens; 1: mean patch token of the last block, not normed; 2: both, normed")
     retrieval = parser.add_argument_group("retrieval")
     retrieval.add_argument("--dataset", choices=SETS, nargs="+", help="evaluated in turn; by default roxford5k")
-    retrieval.add_argument("--crop_queries", type=utils.bool_flag, nargs="?", const=True, default=False,
+    retrieval.add_argument("--crop_queries", type=engine.bool_flag, nargs="?", const=True, default=False,
                            help="cut queries to their boxes, as the official protocol does; not so the published numbers")
     retrieval.add_argument("--queries", metavar="FOLDER",
                            help="look for these images among those of --data_path (sub-folders too), not for a data set")
@@ -213,16 +213,16 @@ def write_output(args, key, data, rows, duplicates=None):
                               duplicates and (duplicates[0], duplicates[1][:SHOWN]))
         (folder / "index.html").write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise utils.InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise engine.InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
     print(f"written: {folder / 'index.html'}, neighbours.csv, query1.png, ...", flush=True)
 
 
 def main():
     args = get_args_parser().parse_args()
     if args.queries and args.dataset:
-        raise utils.InputError("--queries and --dataset: either folders or a data set")
+        raise engine.InputError("--queries and --dataset: either folders or a data set")
     if args.queries and not args.output_dir:
-        raise utils.InputError("--queries: --output_dir is needed, for the table and the page")
+        raise engine.InputError("--queries: --output_dir is needed, for the table and the page")
     process = start_process(args)
     backbones = read_vits(args)
     for backbone in backbones.values():
@@ -248,4 +248,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

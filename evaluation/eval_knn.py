@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
+import engine
 from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.knn import knn_classify, topk_accuracy, usable_ks
 from evaluation.common.protocol import extract_features_of_keys, read_backbones, read_sets, start_process
@@ -25,7 +25,7 @@ def get_args_parser():
     knn = parser.add_argument_group("k-NN")
     knn.add_argument("--nb_knn", type=int_from(1), nargs="+", default=[10, 20, 100, 200], help="values of k")
     knn.add_argument("--temperature", type=float, default=0.07, help="of the votes exp(similarity / temperature)")
-    knn.add_argument("--use_cuda", type=utils.bool_flag, default=True,
+    knn.add_argument("--use_cuda", type=engine.bool_flag, default=True,
                      help="classify on the backbone's device; false: on the CPU, for feature matrices that do not fit")
     return parser
 
@@ -48,7 +48,7 @@ def evaluate(args, key, backbone, sets, features, ks, device):
 def main():
     args = get_args_parser().parse_args()
     if args.temperature <= 0:
-        raise utils.InputError(f"--temperature {args.temperature}: must be above 0")
+        raise engine.InputError(f"--temperature {args.temperature}: must be above 0")
     process = start_process(args)
     backbones, _ = read_backbones(args)
     sets = read_sets(args)
@@ -60,4 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

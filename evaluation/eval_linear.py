@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
+import engine
 from evaluation.common.linear import HeadConfig, linear_parser, run_probe
 
 
@@ -26,9 +26,9 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     if not 0 < args.lr < math.inf:
-        raise utils.InputError(f"--lr {args.lr}: must be a number above 0")
+        raise engine.InputError(f"--lr {args.lr}: must be a number above 0")
     run_probe(args, [HeadConfig(args.lr)], "linear_solo")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

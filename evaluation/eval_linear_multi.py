@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
+import engine
 from evaluation.common.linear import linear_parser, run_probe, sweep_configs
 
 
 def get_args_parser():
     parser = linear_parser("linear probe of a frozen backbone: many learning rates in one pass")
-    parser.add_argument("--sweep_lr_only", type=utils.bool_flag, default=True,
+    parser.add_argument("--sweep_lr_only", type=engine.bool_flag, default=True,
                         help="45 rates with plain SGD; false: each also with decay 1e-6 and with LARS, 180 heads")
     parser.add_argument("--lr", type=float, help=argparse.SUPPRESS)  # eval_linear.py's; ignored, as in the reference
     return parser
@@ -33,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

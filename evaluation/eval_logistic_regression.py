@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-import utils
+import engine
 from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.knn import topk_accuracy
 from evaluation.common.logistic import fit_logistic, predict
@@ -30,12 +30,12 @@ def get_args_parser():
     regression = parser.add_argument_group("logistic regression")
     regression.add_argument("--lr_lambd", type=float, nargs="+", default=[0.01, 0.1, 1.0],
                             help="values of lambda, a fit each")
-    regression.add_argument("--raw_lambda", type=utils.bool_flag, default=False,
+    regression.add_argument("--raw_lambda", type=engine.bool_flag, default=False,
                             help="do not divide lambda by the number of training images")
     regression.add_argument("--epochs", type=int_from(1), default=1000, help="limit of L-BFGS iterations of a fit")
     regression.add_argument("--tolerance", type=float, default=1e-4,
                             help="stop when the objective is surely within this share of its minimum")
-    regression.add_argument("--use_cuda", type=utils.bool_flag, default=True,
+    regression.add_argument("--use_cuda", type=engine.bool_flag, default=True,
                             help="fit on the backbone's device; false: on the CPU, for feature matrices that do not fit")
     regression.add_argument("--it0", type=int, help=argparse.SUPPRESS)  # the reference's: how often its solver looks
     return parser
@@ -69,7 +69,7 @@ def main():
     for name in ("lr_lambd", "tolerance"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) <= 0:
-            raise utils.InputError(f"--{name} {values}: must be above 0")
+            raise engine.InputError(f"--{name} {values}: must be above 0")
     process = start_process(args)
     backbones, _ = read_backbones(args)
     sets = read_sets(args)
@@ -83,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-import utils
+import engine
 from evaluation.common import davis
 from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.propagation import cell_mask, follow, frame_size, full_labels, resize_frame
@@ -47,7 +47,7 @@ def get_args_parser():
                        help="the same as --batch_size_per_gpu")
     video.add_argument("--scale_size", type=int_from(64), default=480, help="shorter side of the frames in pixels")
     video.add_argument("--sequences", nargs="+", metavar="NAME", help="videos; by default those of ImageSets/2017/val.txt")
-    video.add_argument("--write_masks", type=utils.bool_flag, default=True, help="write the masks, not only the scores")
+    video.add_argument("--write_masks", type=engine.bool_flag, default=True, help="write the masks, not only the scores")
     video.add_argument("--score_only", metavar="DIR", help="score the masks DIR/NAME/NNNNN.png, and write the tables there")
     return parser
 
@@ -65,7 +65,7 @@ class Frames(Dataset):
         sequence = self.sequences[place]
         image = load_rgb(sequence.frames[number])
         if image.size != sequence.size:
-            raise utils.InputError(f"{sequence.frames[number]}: {image.width} x {image.height} pixels, but the annotation "
+            raise engine.InputError(f"{sequence.frames[number]}: {image.width} x {image.height} pixels, but the annotation "
                                    f"has {sequence.size[0]} x {sequence.size[1]}")
         return resize_frame(image, frame_size(*sequence.size, self.side))
 
@@ -75,7 +75,7 @@ def check_patches(sequences, side, patch_size):
     for sequence in sequences:
         width, height = frame_size(*sequence.size, side)
         if width % patch_size or height % patch_size:
-            raise utils.InputError(f"sequence {sequence.name}: frames of {width} x {height} pixels do not divide into "
+            raise engine.InputError(f"sequence {sequence.name}: frames of {width} x {height} pixels do not divide into "
                                    f"patches of {patch_size}; see --scale_size")
 
 
@@ -114,8 +114,8 @@ def read_masks(sequences, folder):
         for number in sequence.scored:
             labels, _ = davis.read_labels(mask_path(folder, sequence, number), sequence.size)
             if labels.max() > sequence.objects:
-                raise utils.InputError(f"{mask_path(folder, sequence, number)}: label {labels.max()}, but the sequence has "
-                                       f"{sequence.objects} object(s)")
+                raise engine.InputError(f"{mask_path(folder, sequence, number)}: label {labels.max()}, but the sequence "
+                                        f"has {sequence.objects} object(s)")
             yield sequence, number, labels
 
 
@@ -209,7 +209,7 @@ def main():
     args = get_args_parser().parse_args()
     for name in ("pretrained_weights", "output_dir"):
         if getattr(args, name) is None and not args.score_only:
-            raise utils.InputError(f"--{name}: is needed unless --score_only is given")
+            raise engine.InputError(f"--{name}: is needed unless --score_only is given")
     process = start_process(args)
     backbones = {} if args.score_only else read_vits(args)
     sequences, root = davis.find_sequences(args.data_path, args.sequences)
@@ -221,7 +221,7 @@ def main():
     if args.score_only:
         lacking = [sequence.name for sequence in sequences if not sequence.is_scored]
         if lacking:
-            raise utils.InputError(f"--score_only: sequence {lacking[0]} has no annotations beyond the first frame")
+            raise engine.InputError(f"--score_only: sequence {lacking[0]} has no annotations beyond the first frame")
         scores = score(read_masks(davis.share_of(sequences, process), args.score_only))
         finish(scores, sequences, args.score_only, args.score_only, process)
     for key, backbone in backbones.items():
@@ -229,4 +229,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
+import engine
 from evaluation.common.charts import draw_curves, loss_curves, numbers, read_log
 from evaluation.common.results import read_results
 
@@ -185,7 +185,7 @@ def paper(record):
 def differing(records):
     """For each record a text of the settings in which results of the same protocol and key differ."""
     def shown(value):
-        text = utils.printable(value, 1000)
+        text = engine.printable(value, 1000)
         return text if len(text) <= 40 else f"...{text[-37:]}"  # paths differ at their ends
 
     texts = []
@@ -193,7 +193,7 @@ def differing(records):
         own = asked_for(record)
         others = [asked_for(other) for other in records
                   if (other["protocol"], other["key"]) == (record["protocol"], record["key"])]
-        texts.append(", ".join(f"{utils.printable(name)} {shown(value)}" for name, value in own.items()
+        texts.append(", ".join(f"{engine.printable(name)} {shown(value)}" for name, value in own.items()
                                if any(other.get(name) != value for other in others)))
     return texts
 
@@ -210,8 +210,8 @@ def result_tables(records, outdated):
             digest += "*"
             notes["*"] = "* of other weights than the last evaluation of this network: repeat the evaluation"
         title = PROTOCOLS.get(record["protocol"], record["protocol"]) + (f" ({special})" if special else "")
-        start = [utils.printable(text) for text in (record["key"], digest)] + [utils.printable(title, 160)]
-        when = utils.printable(record["time"][:16].replace("T", " "))
+        start = [engine.printable(text) for text in (record["key"], digest)] + [engine.printable(title, 160)]
+        when = engine.printable(record["time"][:16].replace("T", " "))
         for text, metrics, reported in variants(record):
             own = {text: known[text]} if text in known else known if reported else {}
             shown = [f"{name if len(own) > 1 else ''} {value:.1f}".strip() for name, value in own.items()]
@@ -220,12 +220,12 @@ def result_tables(records, outdated):
                 beside = f"({beside})"
                 what = "the whole data set and whole queries" if record["protocol"] in RETRIEVAL else "ImageNet-1K"
                 notes[what] = f"( ) the paper's number is for {what}, this result for other images: they do not compare"
-            text = utils.printable(text)
+            text = engine.printable(text)
             if "top1" in metrics:
                 top5 = f"{metrics['top5']:.2f}" if "top5" in metrics else "-"
                 accuracies.append([*start, text, f"{metrics['top1']:.2f}", top5, beside, when])
             else:
-                result = ", ".join(f"{utils.printable(name)} {value if isinstance(value, int) else f'{value:.2f}'}"
+                result = ", ".join(f"{engine.printable(name)} {value if isinstance(value, int) else f'{value:.2f}'}"
                                    for name, value in metrics.items())
                 others.append([*start, text, result or "-", beside, when])
     return accuracies, others, list(notes.values())
@@ -320,7 +320,7 @@ def report(output_dir):
     folder = Path(output_dir)
     everything = read_results(folder)
     if not everything:
-        raise utils.InputError(f"{folder / 'results.json'}: no results; evaluations of the job write them, as "
+        raise engine.InputError(f"{folder / 'results.json'}: no results; evaluations of the job write them, as "
                                f"./run.sh imagenet_knn JOB_NAME ARCH KEY GPUS")
     records, outdated = latest(everything)
     accuracies, others, notes = result_tables(records, outdated)
@@ -330,7 +330,7 @@ def report(output_dir):
     notes += more
     if len(records) < len(everything):
         notes.append(f"{len(everything) - len(records)} older result(s) of evaluations that were repeated are left out")
-    names = utils.printable(", ".join(dict.fromkeys(f"{arch}/{size}" for arch, size in map(network, records))), 200)
+    names = engine.printable(", ".join(dict.fromkeys(f"{arch}/{size}" for arch, size in map(network, records))), 200)
     source = ("The paper's top-1 accuracies (iBOT, Zhou et al., 2022), ImageNet-1K" if len(published) > 1
               else f"The paper has no numbers for {names}.")
 
@@ -349,7 +349,7 @@ def report(output_dir):
             draw_curves(series, title, folder / "pictures" / f"{name}.png")
         (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     except OSError as error:
-        raise utils.InputError(f"{folder}: the report cannot be written ({error.strerror or error})") from error
+        raise engine.InputError(f"{folder}: the report cannot be written ({error.strerror or error})") from error
 
     parts = [f"{folder}: {len(records)} result(s) of {names}, in percent", *map(as_text, tables)]
     parts += ["\n".join(notes)] if notes else []
@@ -366,7 +366,7 @@ def settings_text(record):
         return ", ".join(f"{name} {value}" for name, value in values.items())
     title = f"{record['key']}, {PROTOCOLS.get(record['protocol'], record['protocol'])}, {record['time']}"
     lines = [title, f"checkpoint {record['checkpoint']}", listed(record["settings"]), listed(record["versions"])]
-    title, *lines = (utils.printable(line, 2000).replace("`", "'") for line in lines)
+    title, *lines = (engine.printable(line, 2000).replace("`", "'") for line in lines)
     return f"**{title}**\n" + "\n".join(f"- `{line}`" for line in lines)
 
 
@@ -378,4 +378,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

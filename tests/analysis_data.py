@@ -60,9 +60,9 @@ def run_main(monkeypatch, script, *words):
 TWO = """
 import importlib, json, sys
 sys.path.insert(0, sys.argv[1])
-import utils
-process = utils.init_process("cpu")
-utils.init_process = lambda *_: process
+import engine
+process = engine.init_process("cpu")
+engine.init_process = lambda *_: process
 for name, words in json.loads(open(sys.argv[2]).read()):
     sys.argv = [name, *words, "--device", "cpu", "--num_workers", "0"]
     importlib.import_module(name).main()

@@ -7,7 +7,7 @@ import torch
 from analysis_data import nano, run_main, write_checkpoint, write_images
 from PIL import Image
 
-import utils
+import engine
 from analysis import common
 from analysis.attention_map import video_generation, visualize_attention
 from analysis.attention_map.visualize_attention import COLOURS, head_colours, overlay
@@ -106,7 +106,7 @@ def test_folder_and_single_image(job, tmp_path, monkeypatch):
     (("--image_path", "/nowhere.png"), "/nowhere.png"),
 ])
 def test_mistakes_are_named(job, tmp_path, monkeypatch, words, message):
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         run_main(monkeypatch, visualize_attention, "--pretrained_weights", job / "checkpoint.pth", "--data_path", job / "val",
                  "--output_dir", tmp_path, *words)
 
@@ -163,6 +163,6 @@ def test_a_video_that_does_not_say_its_speed(job, tmp_path, monkeypatch):
 def test_mistakes_of_videos_are_named(job, tmp_path, monkeypatch, words, message):
     monkeypatch.setitem(sys.modules, "cv2", None)  # as if it were not installed
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         run_main(monkeypatch, video_generation, "--pretrained_weights", job / "checkpoint.pth", "--output_path", tmp_path / "out", "--input_path",
                  job / "val/a", "--video_format", "gif", *words)

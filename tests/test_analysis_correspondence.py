@@ -7,7 +7,7 @@ import torch
 from analysis_data import nano, run_main, write_checkpoint, write_images
 from PIL import Image
 
-import utils
+import engine
 from analysis import common
 from analysis.correspondence import visualize_correspondence as corr
 
@@ -151,5 +151,5 @@ def test_class_pairs_and_another_networks_attention(job, tmp_path, monkeypatch, 
     (("--attention_from", "/nowhere.pth"), "checkpoint /nowhere.pth: no such file"),
 ])
 def test_mistakes_are_named(job, tmp_path, monkeypatch, words, message):
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         run_main(monkeypatch, corr, *flags(job, tmp_path, *words))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from analysis_data import nano, run_main, write_checkpoint
 
-import utils
+import engine
 from analysis.linear_part import eval as linear_part
 from evaluation.common.linear import ProbeRun, sweep_configs
 
@@ -36,7 +36,7 @@ def test_rates_are_the_papers():
     rates = [config.lr for config in sweep_configs()]
     assert len(rates) == 45 and (rates[0], rates[9], rates[-1]) == (0.0001, 0.001, 9.0)
     settings = {"epochs": 100, "seed": 0, "total_batch": 1024}  # 8 processes of 128
-    run = ProbeRun("teacher", Path(), sweep_configs(), 2, 3, settings, True, utils.Process(0, 1, 0, torch.device("cpu")))
+    run = ProbeRun("teacher", Path(), sweep_configs(), 2, 3, settings, True, engine.Process(0, 1, 0, torch.device("cpu")))
     assert run.scale == 4
 
 
@@ -92,5 +92,5 @@ def test_random_crops_and_two_keys(checkpoint, digits, tmp_path, monkeypatch):
     (("--data_path", "/nowhere"), "/nowhere/train"),
 ])
 def test_mistakes_are_named(checkpoint, digits, tmp_path, monkeypatch, words, message):
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         run_main(monkeypatch, linear_part, *flags(checkpoint, digits, tmp_path, *words))

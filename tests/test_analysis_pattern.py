@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from analysis_data import nano, run_main, write_checkpoint, write_images
 from PIL import Image
 
-import utils
+import engine
 from analysis import common
 from analysis.extract_pattern import extract_topk_cluster as pattern
 from evaluation.common.clustering import load_projection_head
@@ -51,7 +51,7 @@ def test_heat_map_is_close_to_matplotlibs():
 
 
 def test_swin_is_refused(tmp_path):
-    with pytest.raises(utils.InputError, match="swin_tiny has no .CLS. token"):
+    with pytest.raises(engine.InputError, match="swin_tiny has no .CLS. token"):
         common.load_vit("random", arch="swin_tiny")
 
 
@@ -80,7 +80,7 @@ def test_distinct_patches_by_hand():
 
 @pytest.mark.parametrize("temperature", (None, 0.1))
 def test_strongest_equals_the_plain_logits(tmp_path, temperature):
-    checkpoint = utils.load_checkpoint(write_checkpoint(tmp_path / "c.pth"))
+    checkpoint = engine.load_checkpoint(write_checkpoint(tmp_path / "c.pth"))
     head = load_projection_head(checkpoint, "teacher", "c.pth")
     tokens = torch.randn(50, 96)
     logits = head(tokens)
@@ -92,7 +92,7 @@ def test_strongest_equals_the_plain_logits(tmp_path, temperature):
 
 
 def test_patches_have_the_last_layer_of_their_own(tmp_path):
-    checkpoint = utils.load_checkpoint(write_checkpoint(tmp_path / "c.pth", separate_heads=True))
+    checkpoint = engine.load_checkpoint(write_checkpoint(tmp_path / "c.pth", separate_heads=True))
     for patches, name in ((False, "last_layer"), (True, "last_layer2")):
         head = load_projection_head(checkpoint, "student", "c.pth", patches)
         assert torch.equal(head.last_layer.weight_v, checkpoint["student"][f"module.head.{name}.weight_v"])
@@ -237,5 +237,5 @@ def test_cls_pictures_are_the_images_themselves(job, tmp_path, monkeypatch):
     (("--pretrained_path", "random"), "clusters need the projection head"),
 ])
 def test_mistakes_are_named(job, tmp_path, monkeypatch, words, message):
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         run_main(monkeypatch, pattern, *flags(job, tmp_path / "x", *words))

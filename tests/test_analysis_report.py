@@ -12,7 +12,7 @@ import pytest
 from analysis_data import run_main, write_checkpoint, write_images
 from PIL import Image
 
-import utils
+import engine
 from analysis import report
 from evaluation.common.results import append_result
 
@@ -46,7 +46,7 @@ def scripts_in_this_process(monkeypatch):
             patch.setattr(sys, "argv", command[1:])
             try:
                 script.main()
-            except utils.InputError as error:
+            except engine.InputError as error:
                 code, errors = 1, f"error: {error}\n"
         return types.SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors)
     monkeypatch.setattr(report, "subprocess", types.SimpleNamespace(run=run))
@@ -82,7 +82,7 @@ def test_failed_parts_are_on_the_page_and_in_the_exit_code(tmp_path, monkeypatch
     stale = tmp_path / "out/attention/idx9_attn.png"  # of an earlier page, about more images
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"")
-    with pytest.raises(utils.InputError, match="1 parts failed, the page says why: Correspondence between two images"):
+    with pytest.raises(engine.InputError, match="1 parts failed, the page says why: Correspondence between two images"):
         run_main(monkeypatch, report, "--pretrained_weights", tmp_path / "checkpoint.pth", "--data_path", tmp_path / "images", "--output_dir", tmp_path / "out", "--pictures", "1")
     page = (tmp_path / "out/index.html").read_text()
     assert not stale.exists()
@@ -119,5 +119,5 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "checkpoint.pth")
     for words, message in ((("random",), "the page is about a checkpoint"), ((tmp_path / "none.pth",), "no such file"),
                            ((tmp_path / "checkpoint.pth",), "--data_path: is needed")):
-        with pytest.raises(utils.InputError, match=message):
+        with pytest.raises(engine.InputError, match=message):
             run_main(monkeypatch, report, "--pretrained_weights", *words)

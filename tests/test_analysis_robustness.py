@@ -13,8 +13,8 @@ from analysis_data import nano, run_in_two_processes, run_main, write_checkpoint
 from conftest import ROOT
 from PIL import Image
 
+import engine
 import loader
-import utils
 from analysis import classifier, combine_ckpt, common, table8
 from analysis.backgrounds_challenge import challenge_eval, in9, in9_eval
 from analysis.corruptions_surf_variations import eval as imagenet_c
@@ -77,7 +77,7 @@ def test_one_head_and_the_settings_of_its_probe(job, monkeypatch):
     tokens = nano(1)(images, return_all_tokens=True)
     expected = F.linear(torch.cat((tokens[:, 0], tokens[:, 1:].mean(1)), 1), *state.values())
     torch.testing.assert_close(classifier.load_classifier(job / "one_out.pth")[0](images), expected)
-    with pytest.raises(utils.InputError, match="trained on another backbone than teacher"):
+    with pytest.raises(engine.InputError, match="trained on another backbone than teacher"):
         combine(monkeypatch, job, "one.pth", "x.pth")
 
 
@@ -94,7 +94,7 @@ def test_fine_tuned_vit_and_the_references_layout(job):
     torch.save({"model": state, "epoch": 1, "args": args}, job / "tuned.pth")
     torch.testing.assert_close(classifier.load_classifier(job / "tuned.pth")[0](images), model(images))
     torch.save({"model": state | {"fc_norm.weight": torch.ones(96)}, "args": args}, job / "mean.pth")
-    with pytest.raises(utils.InputError, match="mean.pth: fine-tuned on the mean patch token"):
+    with pytest.raises(engine.InputError, match="mean.pth: fine-tuned on the mean patch token"):
         classifier.load_classifier(job / "mean.pth")
     assert classifier.feature_settings({}, "vit_small") == {"n_last_blocks": 4, "avgpool_patchtokens": 0}
     assert classifier.feature_settings({}, "vit_large") == {"n_last_blocks": 1, "avgpool_patchtokens": 2}
@@ -103,7 +103,7 @@ def test_fine_tuned_vit_and_the_references_layout(job):
 @pytest.mark.parametrize("file, message", [
     ("checkpoint.pth", "no classifier .no state_dict in it.; analysis/combine_ckpt.py makes one"), ("linear3.pth", "no classifier under 'state_dict'"), ("none.pth", "no such file")])
 def test_what_is_no_classifier(job, file, message):
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         classifier.load_classifier(job / file)
 
 
@@ -154,7 +154,7 @@ def test_variants_equal_a_plain_loop(C, job, backgrounds, tmp_path, monkeypatch,
 
 def test_a_folder_that_cannot_be_is_found_before_the_work(job, backgrounds, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(utils.InputError, match="--output_dir .*file: cannot be made"):
+    with pytest.raises(engine.InputError, match="--output_dir .*file: cannot be made"):
         run_main(monkeypatch, in9_eval, "--checkpoint", job / "classifier9.pth", "--in9", "--data-path", backgrounds, "--output_dir", tmp_path / "file")
     assert "original: " not in capsys.readouterr().out
 
@@ -167,10 +167,10 @@ def test_images_of_other_sizes_are_named(job, backgrounds, tmp_path, monkeypatch
         write_images(tmp_path / variant / "val", NAMES, 2, (32, 32))
     flags = ["--checkpoint", job / "classifier1000.pth", "--data-path", tmp_path]
     write_images(tmp_path / "mixed_same/val", NAMES[3:4], 1, (40, 32))
-    with pytest.raises(utils.InputError, match="mixed_same/val: an image of 40 x 32 pixels, others have 32 x 32"):
+    with pytest.raises(engine.InputError, match="mixed_same/val: an image of 40 x 32 pixels, others have 32 x 32"):
         run_main(monkeypatch, in9_eval, *flags, "--eval-dataset", "mixed_same")
     write_images(tmp_path / "original/val", NAMES[:4], 2, (32, 40))
-    with pytest.raises(utils.InputError, match="original/val/00_dog: an image of 32 x 40 pixels, others have 32 x 32"):
+    with pytest.raises(engine.InputError, match="original/val/00_dog: an image of 32 x 40 pixels, others have 32 x 32"):
         run_main(monkeypatch, challenge_eval, *flags)
 
 
@@ -209,11 +209,11 @@ def test_what_is_no_mask(tmp_path):
     path = tmp_path / "a.npy"
     for content, message in ((None, "No data left"), (np.zeros((4, 5)), "of shape .4, 5., its image is .4, 4."), (np.full((4, 4), "x"), "no array of numbers")):
         path.write_bytes(b"") if content is None else np.save(path, content)
-        with pytest.raises(utils.InputError, match=f"a.npy: .*{message}"):
+        with pytest.raises(engine.InputError, match=f"a.npy: .*{message}"):
             challenge_eval.read_mask(path, (4, 4))
     with path.open("wb") as file:
         np.savez(file, mask=np.zeros((4, 4)))
-    with pytest.raises(utils.InputError, match="a.npy: .*no array of numbers"):
+    with pytest.raises(engine.InputError, match="a.npy: .*no array of numbers"):
         challenge_eval.read_mask(path, (4, 4))
 
 
@@ -253,7 +253,7 @@ def test_imagenet_a_equals_a_plain_loop(job, tmp_path, monkeypatch, capsys):
     metrics = result(tmp_path, "imagenet_a")
     assert metrics["acc"] == pytest.approx(100 * right.double().mean().item())
     assert metrics["aurra"] == pytest.approx(100 * imagenet_a.aurra(p.max(1).values, right), abs=1e-3)
-    with pytest.raises(utils.InputError, match="1 class folders, ImageNet-A has 200"):
+    with pytest.raises(engine.InputError, match="1 class folders, ImageNet-A has 200"):
         run_main(monkeypatch, imagenet_a, "--checkpoint", job / "classifier1000.pth", "--data", tmp_path)
 
 
@@ -288,7 +288,7 @@ def test_imagenet_c_equals_a_plain_loop(job, tmp_path, monkeypatch, capsys):
     assert "fog" in capsys.readouterr().out
     run_main(monkeypatch, imagenet_c, *flags, "fog", "--per_class", "1")
     assert len(imagenet_c.cell_images(tmp_path / "c", "fog", 1, 32, 1)) == 3
-    with pytest.raises(utils.InputError, match=r"no folder .*frost/1; expected: .*without the level noise/.*hendrycks/robustness"):
+    with pytest.raises(engine.InputError, match=r"no folder .*frost/1; expected: .*without the level noise/.*hendrycks/robustness"):
         run_main(monkeypatch, imagenet_c, *flags, "fog", "frost")
 
 
@@ -394,7 +394,7 @@ def test_occlusion_equals_a_plain_loop(job, val, tmp_path, monkeypatch):
     (("--random_drop", "--test_data", "/nowhere"), "no folder /nowhere; expected: .*validation images .*image-net.org"),
 ])
 def test_mistakes_are_named(job, val, monkeypatch, words, message):
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         run_main(monkeypatch, occlusion, "--pretrained_weights", job / "classifier3.pth", "--test_data", val, *words)
 
 
@@ -451,7 +451,7 @@ def test_table(tmp_path, monkeypatch, capsys):
         append_result(tmp_path, record["protocol"], "c.pth", "state_dict", {}, record["metrics"])
     append_result(tmp_path, "linear", "checkpoint.pth", "teacher", {}, {})  # no test of a classifier
     assert table8.table_row(records) == [2.0, None, None, None, None, None, None, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]
-    with pytest.raises(utils.InputError, match="results.json: no results"):
+    with pytest.raises(engine.InputError, match="results.json: no results"):
         monkeypatch.setattr(sys, "argv", ["", "--output_dir", str(tmp_path / "none")])
         table8.main()
     monkeypatch.setattr(sys, "argv", ["", "--output_dir", str(tmp_path)])

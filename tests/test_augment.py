@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import distributed, multiprocessing
 
+import engine
 import extract_backbone_weights
 import loader
 import main_ibot
 import pictures
-import utils
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import eval_transform, image_sets
 from evaluation.common.features import frozen_features, pool_features
@@ -44,7 +44,7 @@ def run(digits, tmp_path_factory):
 
 
 def args_of(folder):
-    return utils.load_checkpoint(folder / "out/checkpoint.pth")["args"]
+    return engine.load_checkpoint(folder / "out/checkpoint.pth")["args"]
 
 
 def plain_stats(data):
@@ -75,7 +75,7 @@ def test_resuming_takes_the_statistics_of_the_checkpoint(run, tmp_path, capsys):
     assert (folder / "out/crops.png").read_bytes() == b"of the beginning"
     main_ibot.train_ibot(parse(*words, "--load_from", "auto", "--epochs", 3, "--pixel_stats", "imagenet"))
     assert "note: --mean is [0.485, 0.456, 0.406], the checkpoint's run had" in capsys.readouterr().out
-    with pytest.raises(utils.InputError, match="--pixel_stats auto: the images of .* have no spread"):
+    with pytest.raises(engine.InputError, match="--pixel_stats auto: the images of .* have no spread"):
         main_ibot.train_ibot(parse(*words, "--overwrite", "true"))
 
 
@@ -99,7 +99,7 @@ def test_evaluations_and_extracted_files_have_them_too(run, digits, tmp_path, mo
     other = load_evaluated_backbone(tmp_path / "c.pth", "any", "vit_nano", 8, image_size=32)
     assert other.pixel_stats == loader.IMAGENET and "normalised with ImageNet's statistics" in capsys.readouterr().out
 
-    images, process = image_sets("imagefolder", digits)[1], utils.Process(0, 1, 0, torch.device("cpu"))
+    images, process = image_sets("imagefolder", digits)[1], engine.Process(0, 1, 0, torch.device("cpu"))
     features, _ = frozen_features(backbones[0], images, process, num_workers=0, dump_to=tmp_path / "kept")
     pixels = torch.stack([image for image, _, _ in images.with_transform(eval_transform(32, lambda x: x / 255))])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in stats)
@@ -124,7 +124,7 @@ def test_statistics_of_foreign_files(stored, words):
     if words is None:
         assert loader.stored_pixel_stats(checkpoint, "file.pth") == loader.IMAGENET
         return
-    with pytest.raises(utils.InputError, match=f"^checkpoint file.pth: {words}"):
+    with pytest.raises(engine.InputError, match=f"^checkpoint file.pth: {words}"):
         loader.stored_pixel_stats(checkpoint, "file.pth")
 
 
@@ -137,7 +137,7 @@ def test_statistics_of_foreign_files(stored, words):
     (("--mean", 0, 0, 0, "--std", 1, 1, 1, "--pixel_stats", "auto"), "--pixel_stats auto and --mean"),
 ])
 def test_bad_numbers_name_their_flag(words, message, digits, tmp_path):
-    with pytest.raises(utils.InputError, match=message) as caught:
+    with pytest.raises(engine.InputError, match=message) as caught:
         main_ibot.check_args(parse("--data_path", digits / "train", "--output_dir", tmp_path / "out", *words))
     assert "\n" not in str(caught.value)
 
@@ -201,7 +201,7 @@ def test_drawing_crops_disturbs_no_draw(run, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "write_crops", lambda *_: None)
     main_ibot.train_ibot(parse(*words, "--output_dir", tmp_path / "out"))
     assert not (tmp_path / "out/crops.png").exists()
-    first, other = (utils.load_checkpoint(f / "out/checkpoint.pth") for f in (folder, tmp_path))
+    first, other = (engine.load_checkpoint(f / "out/checkpoint.pth") for f in (folder, tmp_path))
     assert all(torch.equal(other["student"][key], value) for key, value in first["student"].items())
     assert torch.equal(other["progress"]["random"][0], first["progress"]["random"][0])
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.utils.data import DistributedSampler
 
+import engine
 import loader
 import main_ibot
 import models
@@ -29,13 +30,13 @@ def steps(rank, world_size, accum_iter, norm, folder):
         return models.MultiCropWrapper(backbone, models.iBOTHead(96, 32, norm=norm, norm_last_layer=False, shared_head=True))
     student, teacher = network(masked_im_modeling=True), network().requires_grad_(False)
     ema = utils.ema_pairs(student, teacher)
-    ddp = utils.data_parallel(student, torch.device("cpu"), accum_iter) if world_size > 1 else student
+    ddp = engine.data_parallel(student, torch.device("cpu"), accum_iter) if world_size > 1 else student
     temps = np.full(1, 0.05)
     ibot_loss = main_ibot.iBOTLoss(32, 32, temps, temps)
     # SGD with momentum: Adam would scale the rounding noise of gradients that are zero up to whole steps.
     optimizer = main_ibot.build_optimizer("sgd", utils.get_params_groups(student), torch.device("cpu"))
     B, share = 4, 4 // world_size // accum_iter
-    meters = utils.DeviceMeters(main_ibot.METERS)
+    meters = engine.DeviceMeters(main_ibot.METERS)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         crops = torch.randn(2, B, 3, 32, 32, generator=generator)
@@ -65,7 +66,7 @@ def steps(rank, world_size, accum_iter, norm, folder):
 def test_two_processes_equal_one(norm, accum_iter, tmp_path):
     for world_size, parts in ((1, 1), (2, accum_iter)):
         multiprocessing.start_processes(steps, (world_size, parts, norm, str(tmp_path)), nprocs=world_size, start_method="fork")
-    one, two = (utils.load_checkpoint(tmp_path / name) for name in ("1.1.pth", f"2.{accum_iter}.pth"))
+    one, two = (engine.load_checkpoint(tmp_path / name) for name in ("1.1.pth", f"2.{accum_iter}.pth"))
     assert one.keys() == two.keys() and len(one) > 100
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -94,7 +95,7 @@ def test_gradient_of_a_sum_over_processes(tmp_path):
     multiprocessing.start_processes(sums, (2, str(tmp_path)), nprocs=2, start_method="fork")
     x = torch.tensor([[1.0, 2.0], [2.0, 3.0]], dtype=torch.float64, requires_grad=True)
     (3 * x.square().sum(dim=0) ** 1.5).sum().backward()
-    for grad in utils.load_checkpoint(tmp_path / "sums.pth")["grad"]:
+    for grad in engine.load_checkpoint(tmp_path / "sums.pth")["grad"]:
         torch.testing.assert_close(grad, x.grad[0], rtol=1e-14, atol=0)
 
 
@@ -107,7 +108,7 @@ def test_processes_on_gpus_name_their_device(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     device = torch.device("cuda", 1)
-    assert utils.init_process().device == device
+    assert engine.init_process().device == device
     assert calls == [device, ("nccl", {"init_method": "env://", "world_size": 4, "rank": 3, "device_id": device})]
 
 
@@ -125,7 +126,7 @@ def test_launchers(launcher, digits, call, tmp_path):
     assert "2 process(es)" in result.stdout and "6 steps an epoch" in result.stdout
     assert result.stdout.count("epoch 0 done") == 1  # only process 0 speaks
     assert "total batch: 20" in result.stdout
-    assert utils.load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
+    assert engine.load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
 
 
 def test_slurm_environment(monkeypatch):
@@ -135,16 +136,16 @@ def test_slurm_environment(monkeypatch):
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_NODELIST": "node7",
                         "SLURM_JOB_ID": "123456"}.items():
         monkeypatch.setenv(name, value)
-    assert utils._launch_environment() == (0, 1, 0)  # a batch script outside srun is alone
+    assert engine.process._launch_environment() == (0, 1, 0)  # a batch script outside srun is alone
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    assert utils._launch_environment() == (0, 8, 0)
+    assert engine.process._launch_environment() == (0, 8, 0)
     monkeypatch.setenv("SLURM_PROCID", "5")
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert utils._launch_environment() == (5, 8, 1)
+    assert engine.process._launch_environment() == (5, 8, 1)
     calls = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: calls.append((backend, kwargs)))
-    process = utils.init_process("cpu")
-    assert process == utils.Process(5, 8, 1, torch.device("cpu"))
+    process = engine.init_process("cpu")
+    assert process == engine.Process(5, 8, 1, torch.device("cpu"))
     assert calls == [("gloo", {"init_method": "env://", "world_size": 8, "rank": 5})]
     assert os.environ["MASTER_ADDR"] == "node7" and os.environ["MASTER_PORT"] == str(20000 + 123456 % 20000)
 

@@ -9,7 +9,7 @@ import torchvision.datasets
 from PIL import Image
 from scipy.io import savemat
 
-import utils
+import engine
 from evaluation.common.arguments import evaluation_parser
 from evaluation.common.data import DATASETS, DOWNLOADABLE, ImageSet, image_folders, image_sets, subset_places
 
@@ -168,7 +168,7 @@ def test_missing_data_are_named_and_nothing_is_fetched(dataset, there, tmp_path,
     root = tmp_path / "data"
     if there == "empty folder":
         root.mkdir()
-    with pytest.raises(utils.InputError, match=str(root)) as caught:
+    with pytest.raises(engine.InputError, match=str(root)) as caught:
         image_sets(dataset, root)
     message = str(caught.value)
     assert "\n" not in message
@@ -190,7 +190,7 @@ def test_wrong_layouts(dataset, path, content, reason, tmp_path, monkeypatch):
         (tmp_path / path).write_bytes(content)
     else:
         savemat(tmp_path / path, content)
-    with pytest.raises(utils.InputError, match=f"{dataset}: cannot be read from .*{reason}.*; expected there: ") as caught:
+    with pytest.raises(engine.InputError, match=f"{dataset}: cannot be read from .*{reason}.*; expected there: ") as caught:
         image_sets(dataset, tmp_path)
     assert "\n" not in str(caught.value) and DATASETS[dataset][1] in str(caught.value)
 
@@ -199,7 +199,7 @@ def test_wrong_layouts(dataset, path, content, reason, tmp_path, monkeypatch):
 def test_damaged_lists(content, tmp_path):
     inat(2018)(tmp_path, None)
     (tmp_path / "val2018.json").write_text(content)
-    with pytest.raises(utils.InputError, match="--dataset inat2018.*val2018.json"):
+    with pytest.raises(engine.InputError, match="--dataset inat2018.*val2018.json"):
         image_sets("inat2018", tmp_path)
 
 
@@ -207,10 +207,10 @@ def test_download_is_torchvisions_and_only_on_demand(tmp_path, monkeypatch):
     fetched = []
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive",
                         lambda url, *words, **named: fetched.append(url))
-    with pytest.raises(utils.InputError, match="cifar10"):  # what was fetched here is nothing
+    with pytest.raises(engine.InputError, match="cifar10"):  # what was fetched here is nothing
         image_sets("cifar10", tmp_path / "new", download=True)
     assert fetched == 2 * [torchvision.datasets.CIFAR10.url] or fetched == [torchvision.datasets.CIFAR10.url]
-    with pytest.raises(utils.InputError, match="--download: cars"):
+    with pytest.raises(engine.InputError, match="--download: cars"):
         image_sets("cars", tmp_path, download=True)
     parse = evaluation_parser("").parse_args
     for words, value in (([], False), (["--download"], True), (["--download", "false"], False)):
@@ -224,7 +224,7 @@ def test_flag_and_default_folder(tmp_path, monkeypatch):
     imagefolder(tmp_path / "data" / "imagenet", None)
     train, val = image_sets(args.dataset, args.data_path)
     assert (train.name, train.root, len(val)) == ("imagefolder train", "data/imagenet", 1)
-    with pytest.raises(utils.InputError, match="data/cifar"):
+    with pytest.raises(engine.InputError, match="data/cifar"):
         image_sets("cifar10")
 
 
@@ -275,7 +275,7 @@ def test_list_of_names(text, expected, four_classes):
 ])
 def test_lists_that_do_not_fit(text, words, four_classes):
     (four_classes / "list.txt").write_text(text)
-    with pytest.raises(utils.InputError, match=f"--train_subset .*list.txt: .*{words}") as caught:
+    with pytest.raises(engine.InputError, match=f"--train_subset .*list.txt: .*{words}") as caught:
         image_sets("imagefolder", four_classes, train_subset=str(four_classes / "list.txt"))
     assert "\n" not in str(caught.value)
 
@@ -292,7 +292,7 @@ def test_stratified_draw(four_classes):
         assert (np.bincount(images.targets[places]) == np.round(np.bincount(images.targets) / 10)).all()
     assert max(np.diff(drawn[0])) < 100  # over the whole of each class, not its first images
     for text, words in (("0", "above 0"), ("1.0", "below 1"), ("nan", "above 0"), ("nowhere.txt", "nowhere.txt: no such file")):
-        with pytest.raises(utils.InputError, match=f"--train_subset .*{words}"):
+        with pytest.raises(engine.InputError, match=f"--train_subset .*{words}"):
             subset_places(images, text)
 
 

@@ -9,9 +9,9 @@ import safetensors.torch
 import timm
 import torch
 
+import engine
 import extract_backbone_weights
 import models
-import utils
 from models.head import iBOTHead
 from tests.conftest import ROOT
 
@@ -114,7 +114,7 @@ def test_head_is_kept_on_request(checkpoints, tmp_path, monkeypatch, key, ending
 ])
 def test_bad_input_is_one_line(checkpoints, tmp_path, monkeypatch, arguments, words):
     filled = [text.format(checkpoint=checkpoints["vit_tiny"][2], tmp=tmp_path) for text in arguments]
-    with pytest.raises(utils.InputError) as caught:
+    with pytest.raises(engine.InputError) as caught:
         run(monkeypatch, *filled)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
@@ -130,4 +130,4 @@ def test_the_reference_s_script_for_fine_tuning(checkpoints, tmp_path, monkeypat
     state = read(tmp_path / "flat.pth")
     assert state.keys() == student.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in student.state_dict().items())
-    utils.load_backbone(student, utils.backbone_state_dict(state, "model|module", "flat.pth"), "flat.pth")  # fine-tuning reads it
+    engine.load_backbone(student, engine.backbone_state_dict(state, "model|module", "flat.pth"), "flat.pth")  # fine-tuning reads it

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine
 import loader
 import main_ibot
-import utils
 from benchmarks.faults import children, differences, everything
 from tests.conftest import ROOT, wait_for
 
@@ -69,11 +69,11 @@ def test_stopped_run_goes_on_bit_for_bit(batches, number, extra, whole, digits, 
     flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--load_from", "auto", *extra]
     undo = after_batches(batches, lambda: os.kill(os.getpid(), getattr(signal, number)))
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(utils.Preempted, match=f"epoch {(batches - 1) // 7}, step {(batches - 1) % 7}, and saved"):
+    with pytest.raises(engine.Preempted, match=f"epoch {(batches - 1) // 7}, step {(batches - 1) % 7}, and saved"):
         train(*flags)
     assert signal.getsignal(signal.SIGTERM) is before
     undo()
-    progress = utils.load_checkpoint(tmp_path / "checkpoint.pth")["progress"]
+    progress = engine.load_checkpoint(tmp_path / "checkpoint.pth")["progress"]
     assert progress["step"] == (batches - 1) % 7 and len(progress["labels"]) == 16 * progress["step"]
     train(*flags)
     assert_same_run(tmp_path, whole)
@@ -87,7 +87,7 @@ def test_stop_amid_accumulation(digits, tmp_path, after_batches):
     flags = ["--data_path", digits / "train", "--accum_iter", 2, "--batch_size_per_gpu", 8, "--epochs", 1]
     train(*flags, "--output_dir", tmp_path / "whole")
     undo = after_batches(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(utils.Preempted, match="epoch 0, step 2"):
+    with pytest.raises(engine.Preempted, match="epoch 0, step 2"):
         train(*flags, "--output_dir", tmp_path / "part")
     undo()
     train(*flags, "--output_dir", tmp_path / "part", "--load_from", "auto")
@@ -104,7 +104,7 @@ def test_save_by_the_clock(digits, tmp_path, monkeypatch):
 def test_resume_says_what_is_not_as_it_was(whole, digits, tmp_path, capsys, after_batches):
     flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--load_from", "auto"]
     undo = after_batches(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(utils.Preempted):
+    with pytest.raises(engine.Preempted):
         train(*flags)
     undo()
     capsys.readouterr()
@@ -125,10 +125,10 @@ def test_random_state_holds_every_generator():
     def draw():
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item(), torch.randn(()).item()]
     random.gauss(0, 1), np.random.randn()  # both generators now keep a second number
-    state = utils.random_state(device)
+    state = engine.random_state(device)
     first = draw()
     assert draw() != first
-    utils.set_random_state(state, device)
+    engine.set_random_state(state, device)
     assert draw() == first
 
 
@@ -151,17 +151,17 @@ def test_kill_while_saving(digits, tmp_path):
     wait_for(lambda: list(part.glob(".checkpoint*")), process)
     process.kill()
     process.communicate()
-    assert utils.load_checkpoint(part / "checkpoint.pth")["progress"]["step"] > 0
+    assert engine.load_checkpoint(part / "checkpoint.pth")["progress"]["step"] > 0
     train(*flags, "--output_dir", part)
     assert not list(part.glob(".checkpoint*"))
     assert_same_run(part, tmp_path / "whole")
 
 
 STALL = """
-import sys, time, loader, main_ibot, utils
+import sys, time, engine, loader, main_ibot
 load_rgb, stalled = loader.load_rgb, sys.argv.pop(1)
 loader.load_rgb = lambda path: time.sleep(1000) if path == stalled else load_rgb(path)
-utils.run(main_ibot.main)
+engine.run(main_ibot.main)
 """
 
 
@@ -182,10 +182,10 @@ def test_stalled_file_does_not_keep_sigterm_from_saving(workers, digits, tmp_pat
     since = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - since < 8  # a DataLoader alone waits ten seconds for each worker that hangs
-    assert process.returncode == utils.EXIT_PREEMPTED == 75
+    assert process.returncode == engine.EXIT_PREEMPTED == 75
     assert errors.splitlines() == ["stopped by a signal at epoch 0, step 2, and saved: the same command with --load_from auto goes "
                                    "on from there"]
-    progress = utils.load_checkpoint(tmp_path / "checkpoint.pth")["progress"]
+    progress = engine.load_checkpoint(tmp_path / "checkpoint.pth")["progress"]
     assert progress["step"] == 2 and progress["bad"] == []
 
 
@@ -225,10 +225,10 @@ def test_another_number_of_processes(digits, tmp_path, capsys, after_batches):
     """One process goes on where two stopped: told by images, with a note."""
     flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--epochs", 1, "--batch_size_per_gpu", 8]
     undo = after_batches(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(utils.Preempted):
+    with pytest.raises(engine.Preempted):
         train(*flags)
     undo()
-    checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    checkpoint = engine.load_checkpoint(tmp_path / "checkpoint.pth")
     progress = checkpoint["progress"]  # as if two processes had made three updates
     progress |= {"total_batch": 16, "step": 3, "random": 2 * progress["random"]}
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
@@ -243,14 +243,14 @@ def test_truncated_newest_checkpoint_is_named_and_the_one_before_used(whole, dig
     flags = ["--data_path", digits / "train", "--output_dir", tmp_path, "--load_from", "auto"]
     train(*flags)
     newest, before = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth"
-    assert utils.load_checkpoint(before)["epoch"] == 1
+    assert engine.load_checkpoint(before)["epoch"] == 1
     newest.write_bytes(newest.read_bytes()[:20000])
     capsys.readouterr()
     train(*flags)
     captured = capsys.readouterr()
     assert f"warning: checkpoint {newest}: " in captured.err and f"resumed from {before}" in captured.out
     assert_same_run(tmp_path, whole)
-    assert utils.load_checkpoint(before)["epoch"] == 1  # not the damaged one
+    assert engine.load_checkpoint(before)["epoch"] == 1  # not the damaged one
     with open(tmp_path / "log.txt", "a") as file:
         file.write('{"train_loss": 1.0, "ep{"epoch": 0}\n')  # a full disk, then room again
     train(*flags)
@@ -261,7 +261,7 @@ def test_truncated_newest_checkpoint_is_named_and_the_one_before_used(whole, dig
     assert before.read_bytes() == good
     for path in (newest, before):
         path.write_bytes(b"rotten")
-    with pytest.raises(utils.InputError, match="none of the 2 checkpoints"):
+    with pytest.raises(engine.InputError, match="none of the 2 checkpoints"):
         train(*flags)
     assert newest.read_bytes() == b"rotten"  # nothing is removed
 
@@ -270,8 +270,8 @@ def test_flipped_byte_is_noticed(whole, tmp_path):
     data = bytearray((whole / "checkpoint.pth").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "checkpoint.pth").write_bytes(data)
-    with pytest.raises(utils.InputError, match="checkpoint.pth"):
-        utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    with pytest.raises(engine.InputError, match="checkpoint.pth"):
+        engine.load_checkpoint(tmp_path / "checkpoint.pth")
 
 
 def test_disk_full_while_saving(whole, digits, tmp_path, capsys, file_limit):
@@ -279,7 +279,7 @@ def test_disk_full_while_saving(whole, digits, tmp_path, capsys, file_limit):
     good = (whole / "checkpoint_previous.pth").read_bytes()  # after epoch 0
     (tmp_path / "checkpoint.pth").write_bytes(good)
     file_limit(len(good) // 2)
-    with pytest.raises(utils.InputError, match="checkpoint.pth could not be written .*; the checkpoints before it are intact"):
+    with pytest.raises(engine.InputError, match="checkpoint.pth could not be written .*; the checkpoints before it are intact"):
         train(*flags, "--on_save_error", "stop")
     assert (tmp_path / "checkpoint.pth").read_bytes() == good and not list(tmp_path.glob(".*"))
     capsys.readouterr()
@@ -297,7 +297,7 @@ def test_disk_full_while_saving(whole, digits, tmp_path, capsys, file_limit):
 def test_stop_that_cannot_be_saved_is_an_error(digits, tmp_path, after_batches, file_limit):
     after_batches(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     file_limit(100_000)
-    with pytest.raises(utils.InputError, match="could not be saved"):
+    with pytest.raises(engine.InputError, match="could not be saved"):
         train("--data_path", digits / "train", "--output_dir", tmp_path)
     assert not list(tmp_path.glob("*.pth"))
 
@@ -321,7 +321,7 @@ def test_bad_images_are_listed(digits, tmp_path, capsys, after_batches):
     flags = ["--data_path", data, "--output_dir", tmp_path / "run", "--max_bad_images", "0.05", "--load_from", "auto", "--epochs", 1,
              "--batch_size_per_gpu", 20, "--num_workers", 2]
     undo = after_batches(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(utils.Preempted):
+    with pytest.raises(engine.Preempted):
         train(*flags)
     undo()
     train(*flags)
@@ -331,11 +331,11 @@ def test_bad_images_are_listed(digits, tmp_path, capsys, after_batches):
 
 def test_too_many_bad_images_stop_the_run(digits, tmp_path):
     data, broken = break_images(digits, tmp_path / "data", 30)
-    with pytest.raises(utils.InputError, match=r"\d+ of 120 images cannot be read, more than --max_bad_images 0.01"):
+    with pytest.raises(engine.InputError, match=r"\d+ of 120 images cannot be read, more than --max_bad_images 0.01"):
         train("--data_path", data, "--output_dir", tmp_path / "run")
     names = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert len(names) > 1 and set(names) <= set(broken)
-    with pytest.raises(utils.InputError, match="more than --max_bad_images 29"):
+    with pytest.raises(engine.InputError, match="more than --max_bad_images 29"):
         train("--data_path", data, "--output_dir", tmp_path / "run", "--max_bad_images", 29, "--epochs", 1, "--overwrite", "true",
               "--batch_size_per_gpu", 120)
 
@@ -361,7 +361,7 @@ def test_loader_process_that_dies_while_it_hands_over_is_reported(capsys):
         def broken(error=error):
             raise error
         with pytest.raises(SystemExit):
-            utils.run(broken)
+            engine.run(broken)
         line = capsys.readouterr().err
         assert line.startswith("error: a loader process died: DataLoader worker broke off, ") and line.count("\n") == 1
 
@@ -431,7 +431,7 @@ def test_centre_stays_when_the_teacher_is_not_finite():
 
 
 def test_failing_process_is_named():
-    meters = utils.DeviceMeters(("cls", "patch"))
+    meters = engine.DeviceMeters(("cls", "patch"))
     meters.add(torch.tensor(1.0), torch.tensor(2.0))
     meters.add(torch.tensor(1.0), torch.tensor(float("inf")))
     assert meters.read() == [{"cls": 1.0, "patch": 2.0}, {"cls": 1.0, "patch": float("inf"), "nonfinite": "patch inf"}]

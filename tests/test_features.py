@@ -14,8 +14,8 @@ import torch.distributed as dist
 from analysis_data import nano
 from torch import multiprocessing
 
+import engine
 import extract_backbone_weights
-import utils
 from evaluation import eval_knn, eval_logistic_regression
 from evaluation.common import features as module
 from evaluation.common.backbone import load_evaluated_backbone
@@ -24,7 +24,7 @@ from evaluation.common.features import frozen_features, pool_features
 from evaluation.unsupervised import unsup_cls
 from models.head import iBOTHead
 
-ALONE = utils.Process(0, 1, 0, torch.device("cpu"))
+ALONE = engine.Process(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def share(rank, world_size, checkpoint, digits, folder):
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    process = utils.Process(rank, world_size, rank, torch.device("cpu"))
+    process = engine.Process(rank, world_size, rank, torch.device("cpu"))
     backbone = load_evaluated_backbone(checkpoint, "teacher")
     train, val = image_sets("imagefolder", digits, train_subset=f"{digits}/list.txt")
     found = {}
@@ -66,7 +66,7 @@ def share(rank, world_size, checkpoint, digits, folder):
         sys.argv = ["", "--pretrained_weights", str(checkpoint), "--checkpoint_key", "student,teacher", "--data_path", str(digits),
                     "--train_subset", f"{digits}/list.txt", "--batch_size_per_gpu", "7", "--num_workers", "0", "--device", "cpu",
                     "--output_dir", folder, "--dump_features", f"{folder}/joined", "--load_features", f"{folder}/joined", "--dist_url", f"file://{folder}/rendezvous{number}", *words]
-        utils.run(script.main)
+        engine.run(script.main)
     if rank == 0:
         torch.save(found, f"{folder}/{world_size}.pth")
 
@@ -174,7 +174,7 @@ def test_a_dump_alone_reads_nothing_and_writes_whole_files(backbone, small, tmp_
         features, labels = frozen_features(backbone, val, ALONE, num_workers=0, dump_to=tmp_path / "kept")
         assert looks
     file, = (tmp_path / "kept").iterdir()  # no temporary one
-    content = utils.load_checkpoint(file)
+    content = engine.load_checkpoint(file)
     assert torch.equal(content["features"], features) and torch.equal(content["labels"], labels)
     assert content["features"].dtype == torch.float32 and len(content["features"]) == len(val)
 
@@ -185,14 +185,14 @@ def test_files_that_are_no_features(content, backbone, small, tmp_path):
     frozen_features(backbone, val, ALONE, num_workers=0, dump_to=tmp_path / "kept")
     file, = (tmp_path / "kept").iterdir()
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-    with pytest.raises(utils.InputError, match=str(file)) as caught:
+    with pytest.raises(engine.InputError, match=str(file)) as caught:
         frozen_features(backbone, val, ALONE, num_workers=0, load_from=tmp_path / "kept")
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_written(backbone, small, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(utils.InputError, match="--dump_features .*file"):
+    with pytest.raises(engine.InputError, match="--dump_features .*file"):
         frozen_features(backbone, image_sets("imagefolder", small)[1], ALONE, num_workers=0, dump_to=tmp_path / "file")
 
 
@@ -206,7 +206,7 @@ def test_size_on_disk_is_said_before_the_work(backbone, small, tmp_path, monkeyp
     [file] = settings["dump_to"].iterdir()
     assert size < file.stat().st_size < size + 10_000
     monkeypatch.setattr("shutil.disk_usage", lambda path: argparse.Namespace(free=size - 1))
-    with pytest.raises(utils.InputError, match="--dump_features .*kept: features of imagefolder val take .* MB are free"):
+    with pytest.raises(engine.InputError, match="--dump_features .*kept: features of imagefolder val take .* MB are free"):
         frozen_features(backbone, val, ALONE, **settings | {"num_workers": None})  # no loader is made
 
 
@@ -280,7 +280,7 @@ def test_extracted_backbones(checkpoint, backbone, monkeypatch, tmp_path):
     ("teacher", "swin_tiny", "missing: layers.0.*vit|missing: layers.0.*swin_tiny"),
 ])
 def test_what_does_not_fit_is_listed(key, arch, words, checkpoint):
-    with pytest.raises(utils.InputError, match=f"checkpoint.pth.*({words})") as caught:
+    with pytest.raises(engine.InputError, match=f"checkpoint.pth.*({words})") as caught:
         load_evaluated_backbone(checkpoint, key, arch)
     assert "\n" not in str(caught.value)
 
@@ -289,8 +289,8 @@ def test_what_is_missing_is_listed(checkpoint, tmp_path):
     state = nano().state_dict()
     for removed, words in (("norm.weight", "1 missing: norm.weight"), ("pos_embed", "1 missing: pos_embed")):
         torch.save({"teacher": {name: value for name, value in state.items() if name != removed}}, tmp_path / "a.pth")
-        with pytest.raises(utils.InputError, match=f"a.pth.*{words}.*vit_nano"):
+        with pytest.raises(engine.InputError, match=f"a.pth.*{words}.*vit_nano"):
             load_evaluated_backbone(tmp_path / "a.pth", "teacher", "vit_nano", 8, image_size=32)
     torch.save({"teacher": state | {"dist_token": torch.zeros(1, 1, 96)}}, tmp_path / "a.pth")
-    with pytest.raises(utils.InputError, match="1 unexpected: dist_token"):
+    with pytest.raises(engine.InputError, match="1 unexpected: dist_token"):
         load_evaluated_backbone(tmp_path / "a.pth", "teacher", "vit_nano", 8, image_size=32)

@@ -24,8 +24,8 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import multiprocessing
 
+import engine
 import models
-import utils
 from benchmarks.faults import differences, everything
 from evaluation import eval_cls
 from evaluation.classification_layer_decay import run_class_finetuning
@@ -39,7 +39,7 @@ from evaluation.semi_supervised import eval_cls as semi_cls
 from loader import IMAGENET_MEAN, IMAGENET_STD
 from tests.conftest import ROOT, wait_for
 
-CPU = utils.Process(0, 1, 0, torch.device("cpu"))
+CPU = engine.Process(0, 1, 0, torch.device("cpu"))
 TINY = ["--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32", "--device", "cpu",
         "--batch_size", "16", "--epochs", "2", "--warmup_epochs", "1", "--num_workers", "0", "--print_freq", "3",
         "--use_fp16", "false", "--lr", "2e-3", "--layer_decay", "0.75", "--drop_path", "0.2"]
@@ -190,13 +190,13 @@ def test_the_reference_s_flags_that_change_nothing_are_taken():
     (["--start_epoch", "3"], "--start_epoch 3: --load_from"), (["--distillation-type", "hard"], "--distillation_type hard: "),
     (["--model_prefix", "encoder."], "--model_prefix encoder.: prefixes")])
 def test_the_reference_s_flags_that_would_change_something_are_named(words, advice):
-    with pytest.raises(utils.InputError, match=advice) as caught:
+    with pytest.raises(engine.InputError, match=advice) as caught:
         parse(*words)
     assert "\n" not in str(caught.value)
 
 
 def test_ignored_flags_get_a_note(digits, tmp_path, capsys):
-    with pytest.raises(utils.InputError, match="nowhere"):
+    with pytest.raises(engine.InputError, match="nowhere"):
         train("--data_path", digits / "nowhere", "--output_dir", tmp_path, "--enable_deepspeed", "--log_dir", "mine")
     out = capsys.readouterr().out
     assert "note: --enable_deepspeed is ignored: precision is --amp_dtype's" in out and "note: --log_dir mine is ignored" in out
@@ -277,7 +277,7 @@ def pretrained(tmp_path_factory):
 
 def test_larger_images_from_a_checkpoint(pretrained):
     args = parse("--pretrained_weights", pretrained, "--image_size", 64)
-    content = utils.load_checkpoint(pretrained)
+    content = engine.load_checkpoint(pretrained)
     model, source = finetune.build_network(args, "teacher", content, 10)
     torch.testing.assert_close(model.backbone.pos_embed.detach(), classifier.resize_positions(
         content["teacher"]["backbone.pos_embed"], 8))
@@ -288,7 +288,7 @@ def test_larger_images_from_a_checkpoint(pretrained):
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_layers_of_the_projection_head(layers, pretrained):
-    content = utils.load_checkpoint(pretrained)
+    content = engine.load_checkpoint(pretrained)
     args = parse("--pretrained_weights", pretrained, "--finetune_head_layer", layers, "--init_scale", 0.5)
     model, source = finetune.build_network(args, "teacher", content, 7)
     images, state = torch.randn(3, 3, 32, 32), content["teacher"]
@@ -505,7 +505,7 @@ def test_training_images_depend_on_their_place_alone(digits):
 def test_batches_of_an_epoch():
     """Two processes share the batch of one; a start in mid-epoch gives the rest; surplus images are left out."""
     def batches(world_size, rank, batch_size, accum_iter, n=50, start=0, **kwargs):
-        sampler = UpdateBatches(n, batch_size, accum_iter, utils.Process(rank, world_size, rank, None), seed=3, **kwargs)
+        sampler = UpdateBatches(n, batch_size, accum_iter, engine.Process(rank, world_size, rank, None), seed=3, **kwargs)
         sampler.epoch, sampler.start = 2, start
         found = list(sampler)
         assert len(sampler) == len(found)
@@ -522,7 +522,7 @@ def test_batches_of_an_epoch():
 
 def test_repeated_augmentation():
     """Section 18: n = 2040 and 8 processes give 224 entries each; processes 0, 1 and 2 see the same first image."""
-    samplers = [UpdateBatches(2040, 8, 1, utils.Process(rank, 8, rank, None), seed=0, repeated=True) for rank in range(8)]
+    samplers = [UpdateBatches(2040, 8, 1, engine.Process(rank, 8, rank, None), seed=0, repeated=True) for rank in range(8)]
     parts = [list(sampler) for sampler in samplers]
     assert all(len(part) == 224 // 8 for part in parts)
     firsts = [part[0][0] for part in parts]
@@ -542,7 +542,7 @@ def test_bad_images_are_replaced(digits, tmp_path):
     dataset = AugmentedSet(images, val_transform(32))
     x, label = dataset[0, 0, 5]
     assert x.shape == (3, 32, 32) and dataset.bad_files() == [path] and dataset.bad.sum() == 1
-    with pytest.raises(utils.InputError, match=re.escape(path)):
+    with pytest.raises(engine.InputError, match=re.escape(path)):
         AugmentedSet(images, val_transform(32), on_bad_image="error")[0, 0, 5]
 
 
@@ -564,7 +564,7 @@ def test_validation_counts_every_image_once(digits):
     assert model.training and alone == pytest.approx(expected, rel=1e-5)
     sums = {}
     for rank in range(3):
-        process = utils.Process(rank, 3, rank, torch.device("cpu"))
+        process = engine.Process(rank, 3, rank, torch.device("cpu"))
         share = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "all_reduce", lambda tensor: None)
@@ -578,7 +578,7 @@ def test_validation_counts_every_image_once(digits):
 
 def three_steps(rank, world_size, accum_iter, folder):
     model = nano().double()
-    network = utils.data_parallel(model, torch.device("cpu"), accum_iter) if world_size > 1 else model
+    network = engine.data_parallel(model, torch.device("cpu"), accum_iter) if world_size > 1 else model
     optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
@@ -603,7 +603,7 @@ def of_two(rank, folder):
 def test_two_processes_equal_one(tmp_path):
     three_steps(0, 1, 1, tmp_path)
     multiprocessing.start_processes(of_two, (str(tmp_path),), nprocs=2, start_method="fork")  # nothing is imported again
-    one, two, parts = (utils.load_checkpoint(tmp_path / name) for name in ("1.1.pth", "2.1.pth", "2.2.pth"))
+    one, two, parts = (engine.load_checkpoint(tmp_path / name) for name in ("1.1.pth", "2.1.pth", "2.2.pth"))
     assert len(one) > 50
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-7)
@@ -635,7 +635,7 @@ def test_two_processes_train_and_validate_as_one(digits, tmp_path):
     assert process.returncode == 0 and "resumed from" in out, errors
     one, two = (json.loads((tmp_path / name / "log.txt").read_text()) for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-3) and one.keys() == two.keys()
-    a, b = (utils.load_checkpoint(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two"))
+    a, b = (engine.load_checkpoint(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two"))
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-3
     records = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
     assert [len(r) for r in records] == [1, 1] and records[0][0]["settings"]["total_batch"] == records[1][0]["settings"]["total_batch"] == 16
@@ -663,14 +663,14 @@ def whole(digits, tmp_path_factory):
 def at_fetch(monkeypatch):
     """at_fetch(n): SIGTERM while the n-th batch of this run, of training or validation, is waited for. Returns an undo."""
     def install(count):
-        original, fetched = utils.StopSignals.wait_for, 0
+        original, fetched = engine.StopSignals.wait_for, 0
 
         def counting(self, fetch):
             nonlocal fetched
             fetched += 1
             return original(self, (lambda: os.kill(os.getpid(), signal.SIGTERM)) if fetched == count else fetch)
-        monkeypatch.setattr(utils.StopSignals, "wait_for", counting)
-        return lambda: monkeypatch.setattr(utils.StopSignals, "wait_for", original)
+        monkeypatch.setattr(engine.StopSignals, "wait_for", counting)
+        return lambda: monkeypatch.setattr(engine.StopSignals, "wait_for", original)
     return install
 
 
@@ -682,7 +682,7 @@ def test_a_run_leaves_its_files(whole):
     assert {"train_loss", "train_lr", "train_min_lr", "train_weight_decay", "train_grad_norm", "test_loss", "test_acc1", "test_acc5",
             "epoch", "n_parameters"} == lines[0].keys()  # no training accuracy of mixed images
     assert lines[0]["train_min_lr"] == pytest.approx(lines[0]["train_lr"] * 0.75**5)
-    checkpoint, (record,) = utils.load_checkpoint(whole / "checkpoint.pth"), json.loads((whole / "results.json").read_text())
+    checkpoint, (record,) = engine.load_checkpoint(whole / "checkpoint.pth"), json.loads((whole / "results.json").read_text())
     assert checkpoint["epoch"] == 2 and checkpoint["progress"]["step"] == 0 and "model_ema" in checkpoint
     assert record["protocol"] == "finetune" and record["metrics"]["last"]["epoch"] == 1 and record["settings"]["lr"] == 2e-3
     best = max(line["test_acc1"] for line in lines)
@@ -697,7 +697,7 @@ def test_records_hold_what_sets_results_apart(whole):
     """Of records with equal settings the report shows the last one only."""
     (record,) = json.loads((whole / "results.json").read_text())
     elsewhere = {"pretrained_weights", "checkpoint_key", "batch_size_per_gpu", "accum_iter"}  # weights_hash, key, total_batch
-    neutral = utils.FREE_FLAGS | {"results_dir", "download", "eval", "save_ckpt_freq", "on_nonfinite", "use_fp16", "amp_dtype",
+    neutral = engine.FREE_FLAGS | {"results_dir", "download", "eval", "save_ckpt_freq", "on_nonfinite", "use_fp16", "amp_dtype",
                                   "model_ema", "model_ema_decay", "enable_deepspeed", "log_dir", "nb_classes", "out_dim"}
     assert not vars(parse()).keys() - record["settings"].keys() - elsewhere - neutral
 
@@ -707,7 +707,7 @@ def test_stopped_run_goes_on_bit_for_bit(fetch, whole, digits, tmp_path, at_fetc
     """An epoch takes 14 batches for 7 updates, validation 4 and a look for a fifth: stops at a start, amid an update, in validation."""
     undo, words = at_fetch(fetch), ["--data_path", digits, "--output_dir", tmp_path, *FULL, "--resume", "auto"]
     epoch, place = divmod(fetch - 1, 19)
-    with pytest.raises(utils.Preempted, match=f"epoch {epoch}, step {min(place // 2, 7)}, and saved"):
+    with pytest.raises(engine.Preempted, match=f"epoch {epoch}, step {min(place // 2, 7)}, and saved"):
         train(*words)
     undo()
     train(*words)
@@ -730,7 +730,7 @@ def test_saves_in_mid_epoch_and_finished_runs(whole, digits, tmp_path, monkeypat
     train(*words, "--load_from", "auto")
     records = [json.loads(text)[0] for text in (before, (tmp_path / "results.json").read_text())]
     assert all(records[0][name] == records[1][name] for name in ("protocol", "key", "settings", "metrics"))
-    assert found["random"][2e-3][0]["best"] == utils.load_checkpoint(whole / "checkpoint.pth")["progress"]["best"]
+    assert found["random"][2e-3][0]["best"] == engine.load_checkpoint(whole / "checkpoint.pth")["progress"]["best"]
 
 
 def test_damaged_checkpoint_falls_back(whole, digits, tmp_path, capsys):
@@ -748,10 +748,10 @@ def test_damaged_checkpoint_falls_back(whole, digits, tmp_path, capsys):
     {"step": -1}, {"step": 1.5}, {"totals": {"loss": 1.0}}, {"counts": {"loss": 0}, "totals": {"loss": 0.0}}, {"total_batch": 0},
     {"bad": [1]}, {"best": {"top1": "x", "epoch": 0}}, {"last": {"epoch": 0}}, {"more": 1}])
 def test_progress_that_cannot_be_is_refused(change, whole, tmp_path):
-    checkpoint = utils.load_checkpoint(whole / "checkpoint.pth")
+    checkpoint = engine.load_checkpoint(whole / "checkpoint.pth")
     checkpoint["progress"] |= change
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
-    with pytest.raises(utils.InputError, match=str(tmp_path / "checkpoint.pth")):
+    with pytest.raises(engine.InputError, match=str(tmp_path / "checkpoint.pth")):
         finetune.read_checkpoint(tmp_path / "checkpoint.pth")
     finetune.read_checkpoint(whole / "checkpoint.pth")
 
@@ -760,7 +760,7 @@ def test_other_weights_are_not_mixed_up(whole, pretrained, digits, tmp_path, cap
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     words = ["--data_path", digits, "--output_dir", folder, *FULL, "--pretrained_weights", pretrained, "--load_from", "auto", "--epochs", 1]
-    with pytest.raises(utils.InputError, match="began with other weights"):
+    with pytest.raises(engine.InputError, match="began with other weights"):
         train(*words)
     train(*words, "--overwrite", "true")
     assert "starting over" in capsys.readouterr().out and len((folder / "log.txt").read_text().splitlines()) == 1
@@ -772,7 +772,7 @@ def test_another_task_is_not_resumed(whole, digits, tmp_path, capsys):
     shutil.copytree(whole, folder)
     words = ["--data_path", digits, "--output_dir", folder, *FULL, "--load_from", "auto"]
     for change in (["--train_subset", 0.5], ["--epochs", 5, "--train_subset", 0.5], ["--lr", 1e-3], ["--layer_decay", 0.9]):
-        with pytest.raises(utils.InputError, match=f"its run had {change[-2]} .*--output_dir"):
+        with pytest.raises(engine.InputError, match=f"its run had {change[-2]} .*--output_dir"):
             train(*words, *change)
     before = (folder / "log.txt").read_text()
     train(*words, "--overwrite", "true")  # this task: it is finished
@@ -795,17 +795,17 @@ def test_a_result_is_not_taken_for_that_of_other_images(whole, digits, tmp_path,
     pictures = sorted((data / "train").rglob("*.png"))
     count = len(pictures)
     pictures[0].rename(pictures[0].with_name("other.png"))
-    with pytest.raises(utils.InputError, match=f"its run had other training images, {count}, than the {count} here"):
+    with pytest.raises(engine.InputError, match=f"its run had other training images, {count}, than the {count} here"):
         train(*words, data)
     shutil.rmtree(folder)
     undo = at_fetch(5)
-    with pytest.raises(utils.Preempted):
+    with pytest.raises(engine.Preempted):
         train(*words, data)
     undo()
     shutil.copytree(data, moved)
     for path in sorted((moved / "train").rglob("*.png"))[::2]:
         path.unlink()
-    with pytest.raises(utils.InputError, match=f"its run had other training images, {count}, than the {count // 2} here"):
+    with pytest.raises(engine.InputError, match=f"its run had other training images, {count}, than the {count // 2} here"):
         train(*words, moved)
     (data / "train").joinpath(pictures[1].parent.name, pictures[1].name).unlink()  # one less of a run that goes on
     train(*words, data)
@@ -814,7 +814,7 @@ def test_a_result_is_not_taken_for_that_of_other_images(whole, digits, tmp_path,
 
 def test_eval_of_the_best_weights(whole, digits, capsys):
     found = train("--data_path", digits, "--output_dir", whole, "--eval")
-    best = utils.load_checkpoint(whole / "checkpoint-best.pth")["progress"]["best"]
+    best = engine.load_checkpoint(whole / "checkpoint-best.pth")["progress"]["best"]
     assert found["random"][2e-3][0]["best"]["top1"] == pytest.approx(best["top1"]) and "checkpoint-best.pth" in capsys.readouterr().out
 
 
@@ -869,7 +869,7 @@ def test_transfer_and_few_labels(pretrained, digits, tmp_path):
     (["--load_from", "auto", "--lr", "1e-3,2e-3", "--data_path", "/nowhere"], "/nowhere"),
     (["--pretrained_weights", "/nowhere.pth"], "/nowhere.pth: no such file")])
 def test_bad_input_is_refused_in_one_line(words, message, digits, tmp_path):
-    with pytest.raises(utils.InputError, match=message) as caught:
+    with pytest.raises(engine.InputError, match=message) as caught:
         train("--data_path", digits, "--output_dir", tmp_path / "run", *words)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -882,11 +882,11 @@ def test_bad_input_is_refused_in_one_line(words, message, digits, tmp_path):
     (["--finetune_head_layer", "3", "--out_dim", "8192"], "--out_dim 8192: the projection head of teacher has "),
     (["--finetune_head_layer", "1", "--checkpoint_key", "bare"], "holds no projection head .*; --finetune_head_layer 0 needs none")])
 def test_weights_that_do_not_fit_are_refused(words, message, pretrained, digits, tmp_path):
-    content = utils.load_checkpoint(pretrained)
+    content = engine.load_checkpoint(pretrained)
     bare = {name: value for name, value in content["teacher"].items() if not name.startswith("head.")}
     pretrained = tmp_path / "checkpoint.pth"
     torch.save(content | {"bare": bare}, pretrained)
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         train("--data_path", digits, "--output_dir", tmp_path / "run", "--pretrained_weights", pretrained, *words)
 
 
@@ -915,7 +915,7 @@ def test_tasks_of_run_sh_have_flags_that_there_are(tmp_path):
 
 
 def test_a_folder_with_a_run_is_not_overwritten(whole, digits):
-    with pytest.raises(utils.InputError, match="already holds a run .*--load_from auto"):
+    with pytest.raises(engine.InputError, match="already holds a run .*--load_from auto"):
         train("--data_path", digits, "--output_dir", whole)
 
 
@@ -923,7 +923,7 @@ def test_the_pretrained_weights_are_not_overwritten(pretrained, digits, tmp_path
     weights = tmp_path / "checkpoint.pth"
     shutil.copy(pretrained, weights)
     for words in ([], ["--load_from", "auto"]):
-        with pytest.raises(utils.InputError, match="--overwrite would delete .*checkpoint.pth, the pre-trained weights; choose another"):
+        with pytest.raises(engine.InputError, match="--overwrite would delete .*checkpoint.pth, the pre-trained weights; choose another"):
             train("--data_path", digits, "--output_dir", tmp_path, "--pretrained_weights", weights, "--overwrite", "true", *words)
     assert weights.read_bytes() == pretrained.read_bytes()
 
@@ -959,14 +959,14 @@ def test_too_many_bad_images_end_the_run(digits, tmp_path, at_fetch):
     shutil.copytree(digits, data)
     for path in sorted((data / "train").rglob("*.png"))[:20]:
         path.write_bytes(b"no image")
-    with pytest.raises(utils.InputError, match="images cannot be read, more than --max_bad_images 0.01"):
+    with pytest.raises(engine.InputError, match="images cannot be read, more than --max_bad_images 0.01"):
         train("--data_path", data, "--output_dir", tmp_path / "run")
     words = ["--data_path", data, "--output_dir", tmp_path / "again", "--max_bad_images", 0.5, "--epochs", 1, "--resume", "auto"]
     undo = at_fetch(5)
-    with pytest.raises(utils.Preempted):
+    with pytest.raises(engine.Preempted):
         train(*words)
     undo()
-    before = utils.load_checkpoint(tmp_path / "again/checkpoint.pth")["progress"]["bad"]
+    before = engine.load_checkpoint(tmp_path / "again/checkpoint.pth")["progress"]["bad"]
     train(*words)
     names = (tmp_path / "again/bad_images.txt").read_text().splitlines()
     assert 0 < len(before) < len(names) <= 20 and set(before) < set(names) and names == sorted(names)
@@ -981,13 +981,13 @@ def test_killed_and_stopped_script_ends_as_undisturbed(whole, digits, tmp_path):
     wait_for(lambda: list(tmp_path.glob(".checkpoint*")), process)
     process.kill()
     process.communicate()
-    assert utils.load_checkpoint(newest)["progress"]["step"] > 0
+    assert engine.load_checkpoint(newest)["progress"]["step"] > 0
     before = newest.stat().st_mtime_ns
     process = start(*words)
     wait_for(lambda: newest.stat().st_mtime_ns > before, process)
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == utils.EXIT_PREEMPTED == 75
+    assert process.returncode == engine.EXIT_PREEMPTED == 75
     assert "and saved: the same command with --load_from auto goes on" in errors and errors.count("\n") == 1
     train(*words)
     assert not list(tmp_path.glob(".checkpoint*"))
@@ -999,7 +999,7 @@ def test_disk_full_while_saving(whole, digits, tmp_path, capsys, file_limit):
     good = (whole / "checkpoint_previous.pth").read_bytes()  # after epoch 0
     (tmp_path / "checkpoint.pth").write_bytes(good)
     file_limit(len(good) // 2)
-    with pytest.raises(utils.InputError, match="checkpoint.pth could not be written .*; the checkpoints before it are intact"):
+    with pytest.raises(engine.InputError, match="checkpoint.pth could not be written .*; the checkpoints before it are intact"):
         train(*words, "--on_save_error", "stop")
     capsys.readouterr()
     train(*words)

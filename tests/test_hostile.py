@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 
+import engine
 import extract_backbone_weights
 import loader
 import main_ibot
 import models
-import utils
 from evaluation import eval_knn
 
 TINY = ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "16", "--out_dim", "8", "--patch_out_dim", "8",
@@ -58,7 +58,7 @@ def refused(folder, digits, tmp_path, monkeypatch, capfd):
             monkeypatch.setattr(sys, "argv", [script, *map(str, words_of_script)])
             capfd.readouterr()
             with pytest.raises(SystemExit) as end:
-                utils.run(module.main)
+                engine.run(module.main)
             message = capfd.readouterr().err
             assert end.value.code == 1 and message.startswith("error: "), (script, message)
             assert len(message.splitlines()) == 1 and len(message) < 700
@@ -124,7 +124,7 @@ def test_index_of_a_data_folder(digits, tmp_path, monkeypatch, capsys):
                {"folders": loader._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"/0", 1))}]
     for changed in hostile:
         torch.save({key: value for key, value in {**index, **changed}.items() if value is not ...}, path)
-        utils.say_once.cache_clear()
+        engine.say_once.cache_clear()
         assert list(loader.CheckedImageFolder(data).samples) == list(expected), changed
         note = capsys.readouterr().err
         assert note.startswith("note: ") and note.count("\n") == 1 and str(path) in note, (changed, note)
@@ -239,7 +239,7 @@ def test_claims_of_a_pickle(refused, folder, case):
 def test_the_same_without_a_claim_loads(tmp_path):
     """So the refusals above have the reasons that they name."""
     archive(tmp_path / "a.pth", {"a": tensor(), "b": tensor(offset=1, shape=(2,), stride=(2,)), "c": [1, (None, True)]})
-    loaded = utils.load_checkpoint(tmp_path / "a.pth")
+    loaded = engine.load_checkpoint(tmp_path / "a.pth")
     assert torch.equal(loaded["a"], torch.zeros(4)) and loaded["b"].shape == (2,) and loaded["c"] == [1, (None, True)]
 
 
@@ -250,7 +250,7 @@ def test_what_training_writes_loads(tmp_path):
                "kinds": [torch.ones(3, dtype=t) for t in (torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float16)],
                "parameter": torch.nn.Parameter(torch.randn(2)), "network": torch.nn.BatchNorm1d(2).state_dict()}
     torch.save(content, tmp_path / "a.pth")
-    loaded = utils.load_checkpoint(tmp_path / "a.pth")
+    loaded = engine.load_checkpoint(tmp_path / "a.pth")
     assert all(torch.equal(v, loaded["state"][k]) for k, v in content["state"].items())
     assert loaded["state"]["a"].data_ptr() == loaded["state"]["b"].data_ptr() + 4
     assert loaded["args"] == content["args"] and loaded[7] == content[7] and "running_var" in loaded["network"]
@@ -323,15 +323,15 @@ def test_damaged_files(refused, folder, good):
                     whole + whole[100:], whole[:len(whole) // 2] + bytes(4096) + whole[len(whole) // 2 + 4096:]):
         (folder / "bytes.pth").write_bytes(content)
         refused("bytes.pth", "", "extract")
-    teacher = utils.load_checkpoint(folder / "checkpoint.pth")["teacher"]
+    teacher = engine.load_checkpoint(folder / "checkpoint.pth")["teacher"]
     state = torch.Generator().manual_seed(0)
     for position in torch.randint(len(whole), (60,), generator=state).tolist():
         content = bytearray(whole)
         content[position] ^= 1 << position % 8
         (folder / "bit.pth").write_bytes(content)
         try:
-            loaded = utils.load_checkpoint(folder / "bit.pth")["teacher"]
-        except utils.InputError as error:
+            loaded = engine.load_checkpoint(folder / "bit.pth")["teacher"]
+        except engine.InputError as error:
             assert "\n" not in str(error)
         else:  # between the records
             assert all(torch.equal(value, loaded[key]) for key, value in teacher.items())
@@ -465,9 +465,9 @@ def test_entries_of_a_run(refused, folder, good, path, value, words):
                                    {"scale": -1.0, "_growth_tracker": 0}, {"scale": 2.0, "_growth_tracker": None}], ids=str)
 def test_state_of_a_scaler(state):
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(utils.InputError, match="a.pth: its fp16_scaler"):
-        utils.load_scaler(scaler, state, "a.pth")
-    utils.load_scaler(scaler, {"scale": 8.0, "_growth_tracker": 3, "growth_factor": 1e9}, "a.pth")
+    with pytest.raises(engine.InputError, match="a.pth: its fp16_scaler"):
+        engine.load_scaler(scaler, state, "a.pth")
+    engine.load_scaler(scaler, {"scale": 8.0, "_growth_tracker": 3, "growth_factor": 1e9}, "a.pth")
     assert scaler.state_dict() == {**torch.amp.GradScaler("cpu").state_dict(), "scale": 8.0, "_growth_tracker": 3}
 
 
@@ -479,7 +479,7 @@ def test_only_the_state_of_the_optimizer_is_taken(good):
     hostile = {"state": {n: {"step": 2, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.ones(1).expand(p.shape)}
                          for n, p in zip((5, 9), weights, strict=True)},
                "param_groups": [{"params": [n], "maximize": True, "lr": "x", "amsgrad": True} for n in (5, 9)]}
-    utils.load_optimizer(optimizer, hostile, "a.pth")
+    engine.load_optimizer(optimizer, hostile, "a.pth")
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
     assert all(optimizer.state[p]["step"] == 2 and optimizer.state[p]["exp_avg_sq"].is_contiguous() for p in weights)
     for p in weights:
@@ -538,7 +538,7 @@ def test_names_of_an_extraction(refused, folder, good, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["x", str(folder / "metadata.pth"), str(tmp_path / "a.safetensors"), "--checkpoint_key", "teacher"])
     try:
         extract_backbone_weights.main()
-    except utils.InputError as error:
+    except engine.InputError as error:
         assert "a.safetensors" in str(error) and "\n" not in str(error)
     else:
         assert len(safetensors.torch.load_file(tmp_path / "a.safetensors")) == len(good["teacher"])

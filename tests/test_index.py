@@ -13,7 +13,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import loader
-from utils import InputError
+from engine import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

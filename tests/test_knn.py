@@ -10,8 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine
 import models
-import utils
 from evaluation import eval_knn
 from evaluation.common import knn
 from evaluation.common.arguments import checkpoint_keys
@@ -22,7 +22,7 @@ from evaluation.common.knn import knn_classify, topk_accuracy, usable_ks
 from evaluation.common.results import append_result
 
 TRAIN, VAL = 121, 41  # odd: two processes do not share them evenly
-ALONE = utils.Process(0, 1, 0, torch.device("cpu"))
+ALONE = engine.Process(0, 1, 0, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- votes
@@ -95,7 +95,7 @@ def test_accuracy_and_usable_ks(capsys):
     assert topk_accuracy(predictions, torch.tensor([0, 0, 0, 1])) == [25.0, 75.0]
     assert usable_ks([10, 20, 100], 20) == [10, 20]
     assert "100" in capsys.readouterr().out
-    with pytest.raises(utils.InputError, match="--nb_knn 10 20.* 9 "):
+    with pytest.raises(engine.InputError, match="--nb_knn 10 20.* 9 "):
         usable_ks([10, 20], 9)
 
 
@@ -129,7 +129,7 @@ def test_pooling_modes_equal_a_plain_computation(vit):
     for (n, mode), features in expected.items():
         assert feature_dim(vit, n, mode) == features.shape[1]
         torch.testing.assert_close(pool_features(vit, images, n, mode), features, rtol=0, atol=1e-5)
-    with pytest.raises(utils.InputError, match="--n_last_blocks 5.* 4 "):
+    with pytest.raises(engine.InputError, match="--n_last_blocks 5.* 4 "):
         feature_dim(vit, 5)
 
 
@@ -143,7 +143,7 @@ def test_swin_features():
     torch.testing.assert_close(features[:, -768:], swin(images), rtol=0, atol=1e-5)
     assert feature_dim(swin, 1) == 768
     for mode in (1, 2):
-        with pytest.raises(utils.InputError, match="--avgpool_patchtokens"):
+        with pytest.raises(engine.InputError, match="--avgpool_patchtokens"):
             feature_dim(swin, 1, mode)
 
 
@@ -188,7 +188,7 @@ def test_val_labels_follow_the_names_of_train(tmp_path):
     assert train.targets == [0, 1, 2, 3]
     assert val.targets == [1, 3] and [val[i][1:] for i in (0, 1)] == [(1, 0), (3, 1)]
     grey(tmp_path / "val", "eel")
-    with pytest.raises(utils.InputError, match="val.*train.*eel"):
+    with pytest.raises(engine.InputError, match="val.*train.*eel"):
         image_folders(tmp_path, 16)
 
 
@@ -210,7 +210,7 @@ def test_extracted_rows_are_in_the_order_of_the_data(digits):
     for i in (0, 50, TRAIN - 1):
         assert torch.equal(features[i], eval_transform(32)(train.loader(train.samples[i][0])).flatten())
     torch.nn.Linear(features.shape[1], 2)(features).sum().backward()  # heads can be trained on them
-    with pytest.raises(utils.InputError, match="train.*not finite"):
+    with pytest.raises(engine.InputError, match="train.*not finite"):
         extract_features(lambda images: images.flatten(1) / 0, sharded_loader(train, 7, 0, ALONE), ALONE, "train")
 
 
@@ -255,7 +255,7 @@ def test_random_weights_are_reproducible_and_leave_the_generator_alone(capsys):
     ({"weights": "supervised"}, "nothing is downloaded"),
 ])
 def test_weights_that_do_not_fit(checkpoint, settings, words):
-    with pytest.raises(utils.InputError, match=words) as caught:
+    with pytest.raises(engine.InputError, match=words) as caught:
         load_evaluated_backbone(**({"weights": checkpoint, "key": "teacher"} | settings))
     assert "\n" not in str(caught.value)
 
@@ -264,12 +264,12 @@ def test_other_weights_that_do_not_fit(checkpoint, vit, tmp_path):
     foreign = torch.load(checkpoint, weights_only=False)
     foreign["args"].arch = "resnet50"
     torch.save(foreign, tmp_path / "foreign.pth")
-    with pytest.raises(utils.InputError, match="foreign.pth.*resnet50"):
+    with pytest.raises(engine.InputError, match="foreign.pth.*resnet50"):
         load_evaluated_backbone(tmp_path / "foreign.pth", "teacher")
     swin = models.swin_tiny().state_dict()
     torch.save(swin, tmp_path / "swin.pth")
     for settings in ({"arch": "vit_small"}, {"arch": "swin_tiny", "window_size": 14}):
-        with pytest.raises(utils.InputError, match="swin.pth"):
+        with pytest.raises(engine.InputError, match="swin.pth"):
             load_evaluated_backbone(tmp_path / "swin.pth", "teacher", **settings)
 
 
@@ -283,7 +283,7 @@ def test_results_are_appended(tmp_path):
     assert records[0]["versions"]["torch"] == torch.__version__
     assert not list((tmp_path / "new").glob("*.tmp*"))
     (tmp_path / "new" / "results.json").write_text("[{")
-    with pytest.raises(utils.InputError, match="results.json"):
+    with pytest.raises(engine.InputError, match="results.json"):
         append_result(tmp_path / "new", "knn", "a.pth", "teacher", {}, {})
     assert (tmp_path / "new" / "results.json").read_text() == "[{"
 
@@ -328,7 +328,7 @@ def test_bad_input_ends_with_one_line(digits, checkpoint, tmp_path, monkeypatch,
     given = ["--pretrained_weights", str(checkpoint), "--data_path", str(digits), "--device=cpu", "--num_workers=0"]
     monkeypatch.setattr(sys, "argv", ["eval_knn.py", *given, *(text.format(tmp=tmp_path) for text in changed)])
     with pytest.raises(SystemExit) as end:
-        utils.run(eval_knn.main)
+        engine.run(eval_knn.main)
     message = capfd.readouterr().err
     assert end.value.code == 1
     assert len(message.splitlines()) == 1 and message.startswith("error: "), message

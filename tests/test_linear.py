@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+import engine
 import models
 import utils
 from evaluation import eval_linear, eval_linear_multi
@@ -173,7 +174,7 @@ def test_of_equally_good_heads_the_last_is_best():
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_shares_make_up_the_same_batches_for_any_number_of_processes(processes):
     n, size = 22, 7  # of the last batch, one image: some shares are empty
-    samplers = [ShareOfBatches(n, size, utils.Process(rank, processes, rank, torch.device("cpu")), seed=3) for rank in range(processes)]
+    samplers = [ShareOfBatches(n, size, engine.Process(rank, processes, rank, torch.device("cpu")), seed=3) for rank in range(processes)]
     orders = []
     for epoch in (0, 5):
         order = epoch_order(n, 3, epoch).tolist()
@@ -225,12 +226,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def probe(checkpoint, digits, monkeypatch, capfd):
-    """probe(script module, folder, *flags): run it in this process; returns what it printed, or fails as `utils.run` does."""
+    """probe(script module, folder, *flags): run it in this process; returns what it printed, or fails as `engine.run` does."""
     def run(script, folder, *words):
         given = ["--pretrained_weights", checkpoint, "--data_path", digits, "--device", "cpu", "--num_workers", 0,
                  "--batch_size_per_gpu", 50, "--epochs", 3, "--output_dir", folder, *words]
         monkeypatch.setattr(sys, "argv", ["script", *map(str, given)])
-        utils.run(script.main)
+        engine.run(script.main)
         return capfd.readouterr().out
     return run
 
@@ -248,7 +249,7 @@ def test_sweep_on_kept_features_equals_plain_torch(probe, checkpoint, digits, tm
     output = probe(eval_linear_multi, tmp_path, "--augment", "false")
     train, val = image_sets("imagefolder", digits)
     model = models.vit_nano(patch_size=8, img_size=32).eval()
-    model.load_state_dict(utils.backbone_state_dict(utils.load_checkpoint(checkpoint), "teacher", checkpoint))
+    model.load_state_dict(engine.backbone_state_dict(engine.load_checkpoint(checkpoint), "teacher", checkpoint))
     with torch.no_grad():
         features, val_features = (pool_features(model, torch.stack([image for image, _, _ in part.with_transform(eval_transform(32))]), 4)
                                   for part in (train, val))
@@ -334,14 +335,14 @@ def test_resuming_equals_an_uninterrupted_run(probe, script, words, tmp_path, mo
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     # What is there when the run is killed in epoch 1, after a validation.
     with monkeypatch.context() as patch:
-        original = utils.save_atomically
+        original = engine.save_atomically
 
         def killed(state, path):
             original(state, path)
             if path.name.endswith("_last.pth") and state["epoch"] == 2:
                 raise KeyboardInterrupt
-        patch.setattr(utils, "save_atomically", killed)
-        with pytest.raises(SystemExit):  # utils.run turned it into an exit code
+        patch.setattr(engine, "save_atomically", killed)
+        with pytest.raises(SystemExit):  # engine.run turned it into an exit code
             probe(script, tmp_path / "cut", *words, "--overwrite", "true")
     assert len(lines(tmp_path / "cut")) == 1
     probe(script, tmp_path / "cut", *words, "--load_from", "checkpoint_teacher_linear_last.pth")
@@ -359,9 +360,9 @@ def test_resuming_equals_an_uninterrupted_run(probe, script, words, tmp_path, mo
 
 def test_a_file_of_the_reference_is_resumed(probe, tmp_path, monkeypatch):
     """Its entries alone, optimiser and schedule as torch writes them."""
-    states, original = [], utils.save_atomically
+    states, original = [], engine.save_atomically
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "save_atomically", lambda state, path: (original(state, path), states.append(read(path))))
+        patch.setattr(engine, "save_atomically", lambda state, path: (original(state, path), states.append(read(path))))
         probe(eval_linear, tmp_path, "--lr", 1)
     state = next(state for state in states if state["epoch"] == 2)
     whole = read(tmp_path / "checkpoint_teacher_linear_last.pth")
@@ -390,7 +391,7 @@ def run_parts(rank, processes, folder, words):
     for name, (script, more) in PARTS.items():
         sys.argv = ["script", *words, *more, "--batch_size_per_gpu", str(34 // processes), "--output_dir", f"{folder}/{processes}/{name}",
                     "--dist_url", f"file://{folder}/rendezvous-{name}"]
-        utils.run({"multi": eval_linear_multi, "solo": eval_linear}[script].main)
+        engine.run({"multi": eval_linear_multi, "solo": eval_linear}[script].main)
 
 
 def test_two_processes_equal_one(checkpoint, digits, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 import loader
 from benchmarks.data_loader import crop_moments, plain_mask
-from utils import InputError
+from engine import InputError
 
 SMALL = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 1}
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-import utils
+import engine
 from evaluation import eval_logistic_regression
 from evaluation.common.data import image_sets
 from evaluation.common.logistic import fit_logistic, loss_and_gradient, predict
@@ -122,11 +122,11 @@ def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["eval_logistic_regression.py", "--pretrained_weights", "random", "--arch", "vit_nano",
                                       "--patch_size", "8", "--image_size", "32", "--num_workers", "0", "--device", "cpu",
                                       *map(str, words)])
-    utils.run(eval_logistic_regression.main)
+    engine.run(eval_logistic_regression.main)
 
 
 def kept(folder):
-    train, val = (utils.load_checkpoint(next(folder.glob(f"*{part}*"))) for part in ("train", "val"))
+    train, val = (engine.load_checkpoint(next(folder.glob(f"*{part}*"))) for part in ("train", "val"))
     return F.normalize(train["features"].double(), dim=1), train["labels"], F.normalize(val["features"].double(), dim=1), val["labels"]
 
 

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import engine
 import loader
 import main_ibot
 import models
@@ -74,7 +75,7 @@ def test_run_from_the_command_line(digits, call, tmp_path):
     assert len(events.Scalars("step/loss")) == 14 and len(events.Scalars("epoch/loss")) == 2  # 120 // 16 steps an epoch
     assert abs(np.mean([e.value for e in events.Scalars("step/loss")[:7]]) - lines[0]["train_loss"]) < 1e-4
 
-    checkpoint = utils.load_checkpoint(out / "checkpoint.pth")
+    checkpoint = engine.load_checkpoint(out / "checkpoint.pth")
     assert checkpoint.keys() == {"student", "teacher", "optimizer", "epoch", "args", "ibot_loss", "progress"}
     assert checkpoint["epoch"] == 2 and isinstance(checkpoint["args"], argparse.Namespace) and checkpoint["args"].arch == "vit_nano"
     assert all(name.startswith(("module.backbone.", "module.head.")) for name in checkpoint["student"])
@@ -99,7 +100,7 @@ def test_resume_equals_uninterrupted(digits, tmp_path):
     train(*flags, "--output_dir", part, "--load_from", "checkpoint.pth")
     assert [line["epoch"] for line in log(part)] == [2]
     assert log(part)[0]["train_loss"] == log(tmp_path / "whole")[2]["train_loss"]
-    whole, resumed = (tensors(utils.load_checkpoint(f / "checkpoint.pth")) for f in (tmp_path / "whole", part))
+    whole, resumed = (tensors(engine.load_checkpoint(f / "checkpoint.pth")) for f in (tmp_path / "whole", part))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -116,7 +117,7 @@ def test_reference_checkpoint_resumes(digits, tmp_path):
     flags = ["--data_path", digits / "train", "--shared_head", "true", "--output_dir", tmp_path]
     train(*flags, "--epochs", 1)
     path = tmp_path / "checkpoint.pth"
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = engine.load_checkpoint(path)
     assert "module.head.last_layer2.weight_v" in checkpoint["student"]
     for group in checkpoint["optimizer"]["param_groups"]:
         for key in ("fused", "foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay"):
@@ -139,7 +140,7 @@ def test_reference_checkpoint_resumes(digits, tmp_path):
             target.writestr(item, content)
     for name in ("checkpoint.pth", "old.pth"):
         train(*flags, "--epochs", 2, "--load_from", name)
-        assert utils.load_checkpoint(path)["epoch"] == 2
+        assert engine.load_checkpoint(path)["epoch"] == 2
     allowed = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     assert allowed == {"argparse.Namespace"}  # our own files need no more
 
@@ -175,13 +176,13 @@ def test_variants_run(flags, digits, tmp_path):
     """Every head variant, optimiser, mask shape, precision and ablation trains, saves and loads."""
     run = ["--data_path", digits / "train", "--output_dir", tmp_path, "--batch_size_per_gpu", 40, *flags]
     train(*run, "--epochs", 1)
-    checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    checkpoint = engine.load_checkpoint(tmp_path / "checkpoint.pth")
     assert ("fp16_scaler" in checkpoint) == ("float16" in flags)
     assert any(name.startswith("module.") for name in checkpoint["teacher"]) == ("bn" in " ".join(flags))
     line = log(tmp_path)[0]
     assert (line["train_patch"] == 0) == (flags[:2] == ["--lambda2", "0"] or flags[0] == "--pred_start_epoch")
     train(*run, "--epochs", 2, "--load_from", "checkpoint.pth")
-    last = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    last = engine.load_checkpoint(tmp_path / "checkpoint.pth")
     assert all(v.isfinite().all() for v in tensors(last).values())
     assert any(not torch.equal(v, last["teacher"][name]) for name, v in checkpoint["teacher"].items())
 
@@ -299,7 +300,7 @@ def test_bad_input_is_one_line(name, digits, tmp_path):
     if name == "cuda without a GPU" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     data = [] if name == "no data path" else ["--data_path", digits / "train"]
-    with pytest.raises(utils.InputError) as error:
+    with pytest.raises(engine.InputError) as error:
         train(*data, "--output_dir", tmp_path / "out", *flags)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -314,14 +315,14 @@ def test_mistyped_flags(flags, word, call):
 def test_foreign_checkpoints_are_refused(digits, tmp_path):
     flags = ["--data_path", digits / "train", "--output_dir", tmp_path]
     train(*flags, "--epochs", 1)
-    good = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    good = engine.load_checkpoint(tmp_path / "checkpoint.pth")
 
     def refused(name, content, words, *extra):
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
         else:
             torch.save(content, tmp_path / name)
-        with pytest.raises(utils.InputError) as error:
+        with pytest.raises(engine.InputError) as error:
             train(*flags, "--load_from", name, *extra)
         assert words in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
     refused("text.pth", b"hello", "cannot be read safely")
@@ -365,30 +366,30 @@ def test_odd_images_train(tmp_path):
 
 def test_save_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
-    utils.save_atomically({"a": 1}, path)
+    engine.save_atomically({"a": 1}, path)
 
     def fails(obj, file):
         file.write(b"half")
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(OSError, match="disk full"):
-        utils.save_atomically({"a": 2}, path)
+        engine.save_atomically({"a": 2}, path)
     monkeypatch.undo()
-    assert utils.load_checkpoint(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+    assert engine.load_checkpoint(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
 def test_mixed_precision_is_on_where_asked(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     for has_it, expected in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_it=has_it: has_it)
-        assert utils.choose_amp_dtype(True, "auto", cpu) is expected
-    assert utils.choose_amp_dtype(True, "auto", torch.device("mps")) is None
-    assert utils.choose_amp_dtype(True, "bfloat16", cpu) is torch.bfloat16
-    assert utils.choose_amp_dtype(False, "bfloat16", cuda) is None
+        assert engine.choose_amp_dtype(True, "auto", cpu) is expected
+    assert engine.choose_amp_dtype(True, "auto", torch.device("mps")) is None
+    assert engine.choose_amp_dtype(True, "bfloat16", cpu) is torch.bfloat16
+    assert engine.choose_amp_dtype(False, "bfloat16", cuda) is None
     for has_it, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
-        assert utils.choose_amp_dtype(True, "auto", cuda) is expected
-        assert utils.choose_amp_dtype(True, "float16", cuda) is torch.float16
+        assert engine.choose_amp_dtype(True, "auto", cuda) is expected
+        assert engine.choose_amp_dtype(True, "float16", cuda) is torch.float16
     student, teacher = main_ibot.build_networks(parse("--shared_head", "true"))
     seen = {}
     student.head.last_layer.register_forward_hook(lambda m, i, out: seen.update(logits=out.dtype))
@@ -405,7 +406,7 @@ def test_mixed_precision_is_on_where_asked(monkeypatch):
 @pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint0040.pth", "log.txt"])
 def test_nothing_of_an_earlier_run_is_lost(name, digits, tmp_path):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(utils.InputError, match=f"already holds a run .{name}"):
+    with pytest.raises(engine.InputError, match=f"already holds a run .{name}"):
         train("--data_path", digits / "train", "--output_dir", tmp_path)
     assert (tmp_path / name).read_text() == "precious"
 
@@ -451,8 +452,8 @@ def test_operations_are_those_of_a_step(flags):
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("Graphics Device", None)])
 def test_peaks_by_the_device_s_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert utils.peak_flops(torch.device("cuda"), torch.bfloat16) == (peak and peak * 1e12)
-    assert utils.peak_flops(torch.device("cuda"), None) is utils.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    assert engine.peak_flops(torch.device("cuda"), torch.bfloat16) == (peak and peak * 1e12)
+    assert engine.peak_flops(torch.device("cuda"), None) is engine.peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_a_run_says_how_much_of_the_device_it_uses_and_collects_by_hand(digits, tmp_path, capsys, monkeypatch):
@@ -463,7 +464,7 @@ def test_a_run_says_how_much_of_the_device_it_uses_and_collects_by_hand(digits, 
             seen.append((gc.isenabled(), gc.get_freeze_count() > before))
             yield batch
     monkeypatch.setattr(loader, "device_batches", watched)
-    monkeypatch.setattr(utils, "peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(engine, "peak_flops", lambda device, dtype: 1e12)
     flags = ["--data_path", digits / "train", "--epochs", 1]
     train(*flags, "--output_dir", tmp_path / "a")
     assert "images/s  mfu " in capsys.readouterr().out and seen == [(False, True)] * 7
@@ -473,7 +474,7 @@ def test_a_run_says_how_much_of_the_device_it_uses_and_collects_by_hand(digits, 
     per_image = main_ibot.flops_per_image(parse())
     assert len(shares) == 3 and shares == pytest.approx([speed * per_image / 1e12 for speed in speeds], rel=1e-5)
     monkeypatch.setattr(main_ibot, "train_one_epoch", lambda *args: {}["stop"])
-    monkeypatch.setattr(utils, "peak_flops", lambda device, dtype: None)
+    monkeypatch.setattr(engine, "peak_flops", lambda device, dtype: None)
     with pytest.raises(KeyError):
         train(*flags, "--output_dir", tmp_path / "b")
     assert gc.isenabled() and gc.get_freeze_count() == before
@@ -486,8 +487,8 @@ def test_loader_processes_collect_by_themselves():
 
         def __getitem__(self, index):
             return gc.isenabled()
-    with utils.collecting_by_hand():
-        assert list(DataLoader(Asked(), batch_size=None, num_workers=1, worker_init_fn=utils.ignore_signals)) == [True, True]
+    with engine.collecting_by_hand():
+        assert list(DataLoader(Asked(), batch_size=None, num_workers=1, worker_init_fn=engine.ignore_signals)) == [True, True]
 
 
 def test_a_swin_masked_from_the_start_gets_a_note(digits, tmp_path, capsys, monkeypatch):
@@ -509,28 +510,28 @@ def test_what_compiling_needs_is_checked_before_the_run(digits, tmp_path, monkey
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "Python.h").touch()
     found = ["g++", "clang++"]
-    utils.check_compiler(cpu)
-    with pytest.raises(utils.InputError, match="7.0 or newer, Tesla P100 has 6.0; --compile false"):
-        utils.check_compiler(cuda)
+    engine.check_compiler(cpu)
+    with pytest.raises(engine.InputError, match="7.0 or newer, Tesla P100 has 6.0; --compile false"):
+        engine.check_compiler(cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    with pytest.raises(utils.InputError, match="a C compiler, and there is no gcc or clang here .CC names"):
-        utils.check_compiler(cuda)
+    with pytest.raises(engine.InputError, match="a C compiler, and there is no gcc or clang here .CC names"):
+        engine.check_compiler(cuda)
     monkeypatch.setenv("CC", "ccache mine")
     found = ["ccache"]
-    utils.check_compiler(cuda)
-    with pytest.raises(utils.InputError, match="--compile needs a C.. compiler.*; --compile false does without"):
+    engine.check_compiler(cuda)
+    with pytest.raises(engine.InputError, match="--compile needs a C.. compiler.*; --compile false does without"):
         train("--data_path", digits / "train", "--output_dir", tmp_path / "out", "--compile", "true")
     (tmp_path / "Python.h").unlink()
-    with pytest.raises(utils.InputError, match="Python's headers.*Python.h"):
-        utils.check_compiler(cuda)
+    with pytest.raises(engine.InputError, match="Python's headers.*Python.h"):
+        engine.check_compiler(cuda)
     assert not (tmp_path / "out").exists()
 
 
 def test_products_are_quick_on_a_gpu_alone():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     try:
-        assert utils.use_fast_products(torch.device("cpu")) == "float32" and torch.get_float32_matmul_precision() == before[0]
-        assert utils.use_fast_products(torch.device("cuda")) == "TF32" and torch.get_float32_matmul_precision() == "high"
+        assert engine.use_fast_products(torch.device("cpu")) == "float32" and torch.get_float32_matmul_precision() == before[0]
+        assert engine.use_fast_products(torch.device("cuda")) == "TF32" and torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cudnn.benchmark
     finally:
         torch.set_float32_matmul_precision(before[0])

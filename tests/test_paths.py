@@ -10,6 +10,7 @@ from timm.layers import DropPath
 from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch.nn import functional as F
 
+import engine
 import loader
 import main_ibot
 import models
@@ -232,7 +233,7 @@ def test_recompute_flags():
         return main_ibot.choose_recompute(main_ibot.get_args_parser().parse_args(words), compiled)
     assert choose() == "elementwise" and choose(compiled=False) == "none"
     assert choose("--grad_checkpointing", "true") == choose("--recompute", "blocks", compiled=False) == "blocks"
-    with pytest.raises(utils.InputError, match="--recompute half is left to the compiler"):
+    with pytest.raises(engine.InputError, match="--recompute half is left to the compiler"):
         choose("--recompute", "half", compiled=False)
-    with pytest.raises(utils.InputError, match="give one of them"):
+    with pytest.raises(engine.InputError, match="give one of them"):
         choose("--recompute", "none", "--grad_checkpointing", "true")

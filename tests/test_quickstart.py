@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+import engine
 import main_ibot
-import utils
 from analysis import quickstart
 
 RUN = ["--arch", "vit_nano", "--patch_size", "4", "--global_crops_size", "16", "--local_crops_size", "8", "--device", "cpu",
@@ -77,5 +77,5 @@ def test_report_on_one_class_says_why_there_is_no_knn(digits, main, tmp_path):
 
 
 def test_report_needs_a_run(main, tmp_path):
-    with pytest.raises(utils.InputError, match=f"^checkpoint {tmp_path / 'checkpoint.pth'}"):
+    with pytest.raises(engine.InputError, match=f"^checkpoint {tmp_path / 'checkpoint.pth'}"):
         main(quickstart, "report", "--output_dir", tmp_path)

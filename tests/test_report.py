@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import utils
+import engine
 from evaluation import eval_knn, report
 from evaluation.common import charts
 from evaluation.common.results import append_result, read_results
@@ -95,7 +95,7 @@ def test_damaged_results(tmp_path, content, reason, capsys, request):
     path = tmp_path / "results.json"
     path.write_bytes(content)
     for use in (lambda: record(tmp_path), lambda: report.report(tmp_path)):
-        with pytest.raises(utils.InputError, match=rf"results\.json: damaged, .*{reason}.*; move it away$") as error:
+        with pytest.raises(engine.InputError, match=rf"results\.json: damaged, .*{reason}.*; move it away$") as error:
             use()
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
     assert path.read_bytes() == content and not capsys.readouterr().out
@@ -111,17 +111,17 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys, script
         (tmp_path / "results.json").write_text(content)
     monkeypatch.setattr(sys, "argv", ["", "--output_dir", str(tmp_path), *words])
     with pytest.raises(SystemExit) as end:
-        utils.run(script.main)
+        engine.run(script.main)
     error = capsys.readouterr().err.splitlines()
     assert end.value.code == 1 and len(error) == 1 and re.match(f"error: .*{message}", error[0]), error
 
 
 def test_results_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(utils.InputError, match="file/results.json: cannot be written"):
+    with pytest.raises(engine.InputError, match="file/results.json: cannot be written"):
         record(tmp_path / "file")
     (tmp_path / "results.json").mkdir()
-    with pytest.raises(utils.InputError, match="results.json: cannot be read"):
+    with pytest.raises(engine.InputError, match="results.json: cannot be read"):
         record(tmp_path)
 
 

@@ -17,7 +17,7 @@ from analysis_data import nano, run_in_two_processes, run_main, write_checkpoint
 from PIL import Image
 from torchvision.transforms import v2
 
-import utils
+import engine
 from evaluation import eval_copy_detection, eval_image_retrieval
 from evaluation.common import nearest as module
 from evaluation.common import ranking
@@ -155,7 +155,7 @@ def test_near_duplicates_equal_all_pairs():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_batches_have_one_size_and_every_image_is_in_one(world_size):
     sizes = [(4, 3)] * 11 + [(3, 4)] * 5 + [(i, 9) for i in range(4)]
-    shares = [list(SizeBatches(sizes, 4, utils.Process(rank, world_size, rank, None))) for rank in range(world_size)]
+    shares = [list(SizeBatches(sizes, 4, engine.Process(rank, world_size, rank, None))) for rank in range(world_size)]
     for step in zip(*shares, strict=True):  # equally many, and equally long
         assert len({len(batch) for batch in step}) == 1
         assert all(len({sizes[i] for i in batch}) == 1 for batch in step)
@@ -253,7 +253,7 @@ def hostile_files(folder):
 def test_hostile_ground_truth_runs_nothing(tmp_path):
     for words, content in hostile_files(tmp_path):
         (tmp_path / "gnd_x.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol=2))
-        with pytest.raises(utils.InputError, match=rf"^ground truth .*gnd_x\.pkl: .*{re.escape(words)}") as error:
+        with pytest.raises(engine.InputError, match=rf"^ground truth .*gnd_x\.pkl: .*{re.escape(words)}") as error:
             ranking.read_ground_truth(tmp_path, "x")
         assert "\n" not in str(error.value) and len(str(error.value)) < 400, content
         assert not (tmp_path / "ran").exists()
@@ -267,7 +267,7 @@ def test_conversion_to_json(tmp_path, monkeypatch, capsys):
     assert "10 images, 2 queries" in capsys.readouterr().out
     for content in ("[" * 10**5, "{", json.dumps({**TRUTH, "imlist": [1]})):
         (tmp_path / "gnd_x.json").write_text(content)
-        with pytest.raises(utils.InputError, match="gnd_x.json"):
+        with pytest.raises(engine.InputError, match="gnd_x.json"):
             ranking.read_ground_truth(tmp_path, "x")
 
 
@@ -408,7 +408,7 @@ def test_cropped_queries_and_other_batches(checkpoint, oxford, retrieved, tmp_pa
     whole = load_rgb(path)
     assert module.crop(whole, (20.5, 9.6, 300.2, 1e9)).size == image_size(path, (20.5, 9.6, 300.2, 1e9)) == (280, 390)
     assert module.crop(whole, (20.5, 10, 300, 280)).tobytes() == whole.crop((20, 10, 300, 280)).tobytes()
-    with pytest.raises(utils.InputError, match="q1.jpg: nothing of the image of 600 x 400 pixels"):
+    with pytest.raises(engine.InputError, match="q1.jpg: nothing of the image of 600 x 400 pixels"):
         image_size(path, (600, 0, 700, 9))
 
 
@@ -538,7 +538,7 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, oxford, copydays, tmp_pat
     words = [word.format(tmp=tmp_path, data=oxford) for word in words]
     monkeypatch.setattr(sys, "argv", ["", *map(str, given), "--device", "cpu", "--num_workers", "0", *words])
     with pytest.raises(SystemExit) as end:
-        utils.run(main.main)
+        engine.run(main.main)
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
     assert end.value.code == 1 and len(lines) == 1 and re.match(f"error: .*{message}", lines[0]), lines
     assert not (tmp_path / "ran").exists()

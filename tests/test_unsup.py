@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, fowlkes_mallows_score, normalized_mutual_info_score
 
+import engine
 import models
 import utils
 from evaluation.common.backbone import load_evaluated_backbone
@@ -54,7 +55,7 @@ def test_heads_are_rebuilt_from_their_weights(settings):
 def test_heads_that_are_not_whole(removed, words):
     head = iBOTHead(16, 30, hidden_dim=24)
     state = {name: value for name, value in wrapped(head, "").items() if removed and not name.endswith(removed)}
-    with pytest.raises(utils.InputError, match=f"a.pth.*{words}"):
+    with pytest.raises(engine.InputError, match=f"a.pth.*{words}"):
         load_projection_head({"teacher": state | {"backbone.norm.weight": torch.ones(1)}}, "teacher", "a.pth", hint="; --clusters kmeans needs none")
 
 
@@ -99,7 +100,7 @@ def test_kmeans_of_hard_cases():
     clusters, inertia = kmeans(x[:1].repeat(9, 1), 4)  # one point, nine times
     assert inertia < 1e-6 and len(clusters) == 9
     assert kmeans(x, 1)[0].tolist() == 12 * [0]
-    with pytest.raises(utils.InputError, match="13 clusters of 12 images"):
+    with pytest.raises(engine.InputError, match="13 clusters of 12 images"):
         kmeans(x, 13)
 
 
@@ -129,7 +130,7 @@ def checkpoint(tmp_path_factory):
 def run(monkeypatch, checkpoint, digits, *words):
     monkeypatch.setattr(sys, "argv", ["unsup_cls.py", "--pretrained_weights", str(checkpoint), "--data_path", str(digits),
                                       "--num_workers", "0", "--device", "cpu", *map(str, words)])
-    utils.run(unsup_cls.main)
+    engine.run(unsup_cls.main)
 
 
 def test_script_equals_a_plain_computation(checkpoint, digits, tmp_path, monkeypatch, capsys):
@@ -175,7 +176,7 @@ def test_scores_of_permuted_and_of_unused_clusters():
 
 
 def test_other_numbers_of_clusters_and_k_means_alone(checkpoint, digits, tmp_path, monkeypatch):
-    state = utils.backbone_state_dict(utils.load_checkpoint(checkpoint), "teacher", checkpoint)
+    state = engine.backbone_state_dict(engine.load_checkpoint(checkpoint), "teacher", checkpoint)
     torch.save({"state_dict": state}, tmp_path / "backbone.pth")
     words = ("--checkpoint_key", "state_dict", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32", "--output_dir", tmp_path)
     run(monkeypatch, tmp_path / "backbone.pth", digits, *words, "--clusters", "kmeans", "--num_clusters", "15")

@@ -15,7 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from test_knn import LargestTensor
 from torch import multiprocessing
 
-import utils
+import engine
 from analysis import report as analysis_report
 from evaluation import eval_video_segmentation as script
 from evaluation import report
@@ -329,7 +329,7 @@ def of_two(rank, folder, calls):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     for number, words in enumerate(calls):
         sys.argv = ["", "--device", "cpu", "--num_workers", "0", "--dist_url", f"file://{folder}/rendezvous{number}", *words]
-        utils.run(script.main)
+        engine.run(script.main)
 
 
 def test_two_processes_equal_one(data, checkpoint, done, tmp_path):
@@ -403,7 +403,7 @@ def test_mistakes_are_named(data, checkpoint, tmp_path, monkeypatch, spoil, word
     if spoil:
         root = shutil.copytree(data / "DAVIS", tmp_path / "data")
         spoil(root)
-    with pytest.raises(utils.InputError, match=message) as error:
+    with pytest.raises(engine.InputError, match=message) as error:
         run_main(monkeypatch, script, *flags(root, checkpoint, tmp_path / "out"), *words)
     assert "\n" not in str(error.value) and not (tmp_path / "out/results.json").exists()
 
@@ -417,14 +417,14 @@ def test_mistakes_are_named(data, checkpoint, tmp_path, monkeypatch, spoil, word
 def test_masks_that_cannot_be_scored(data, tmp_path, monkeypatch, spoil, message):
     masks = shutil.copytree(data / "DAVIS/Annotations/480p", tmp_path / "masks")
     spoil(masks)
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(engine.InputError, match=message):
         run_main(monkeypatch, script, "--data_path", data, "--score_only", masks)
     assert not list(masks.glob("*.csv"))
 
 
 def test_what_is_needed_without_score_only(monkeypatch):
     for words, name in (((), "pretrained_weights"), (("--pretrained_weights", "random"), "output_dir")):
-        with pytest.raises(utils.InputError, match=f"--{name}: is needed unless --score_only"):
+        with pytest.raises(engine.InputError, match=f"--{name}: is needed unless --score_only"):
             run_main(monkeypatch, script, *words)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-import utils
+import engine
 from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.protocol import start_process
@@ -48,7 +48,7 @@ def opencv():
     try:
         import cv2
     except ImportError as error:
-        raise utils.InputError("videos need OpenCV: pip install opencv-python-headless; without it give a folder of "
+        raise engine.InputError("videos need OpenCV: pip install opencv-python-headless; without it give a folder of "
                                "frames and --video_format gif") from error
     return cv2
 
@@ -57,7 +57,7 @@ def pictures_in(folder, pattern="*"):
     """Image files of a folder, by name. Raises InputError if there is none."""
     files = sorted(path for path in Path(folder).glob(pattern) if path.suffix.lower() in IMG_EXTENSIONS)
     if not files:
-        raise utils.InputError(f"--input_path {folder}: no pictures {pattern} ({', '.join(IMG_EXTENSIONS)}) in it")
+        raise engine.InputError(f"--input_path {folder}: no pictures {pattern} ({', '.join(IMG_EXTENSIONS)}) in it")
     return files
 
 
@@ -70,7 +70,7 @@ def split_video(path, folder):
         files.append(folder / f"frame-{len(files):04}.jpg")
         Image.fromarray(found[1][..., ::-1]).save(files[-1], quality=95)  # OpenCV has blue first
     if not files:
-        raise utils.InputError(f"--input_path {path}: cannot be read as a video")
+        raise engine.InputError(f"--input_path {path}: cannot be read as a video")
     return files, fps
 
 
@@ -85,7 +85,7 @@ def join_video(files, path, fps):
     cv2 = opencv()
     video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*CODES[path.suffix[1:]]), fps, first.size)
     if not video.isOpened():
-        raise utils.InputError(f"--video_format {path.suffix[1:]}: OpenCV cannot write {path} here")
+        raise engine.InputError(f"--video_format {path.suffix[1:]}: OpenCV cannot write {path} here")
     for frame in frames:
         video.write(np.ascontiguousarray(np.asarray(frame)[..., ::-1]))
     video.release()
@@ -97,7 +97,7 @@ def attention_frame(model, image, patch_size, threshold=None, normalize=normaliz
     pixels = v2.functional.pil_to_tensor(image)
     height, width = (side // patch_size for side in pixels.shape[1:])
     if not height or not width:
-        raise utils.InputError(f"--input_path: a frame of {image.width} x {image.height} pixels is smaller than a patch")
+        raise engine.InputError(f"--input_path: a frame of {image.width} x {image.height} pixels is smaller than a patch")
     pixels = pixels[:, :height * patch_size, :width * patch_size]
     device = next(model.parameters()).device
     weights = common.cls_attention(model, normalize(pixels[None].to(device)))[0].mean(dim=0)  # [N]
@@ -111,26 +111,26 @@ def main():
     args = get_args_parser().parse_args()
     source, folder = Path(args.input_path), common.output_folder(args.output_path, "--output_path")
     if not source.exists():
-        raise utils.InputError(f"--input_path {source}: does not exist")
+        raise engine.InputError(f"--input_path {source}: does not exist")
     if args.resize and len(args.resize) > 2:
-        raise utils.InputError("--resize: give height and width, or one number")
+        raise engine.InputError("--resize: give height and width, or one number")
     if args.threshold is not None and not 0 < args.threshold <= 1:
-        raise utils.InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
+        raise engine.InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
     if not 0.1 <= args.fps <= 1000:
-        raise utils.InputError(f"--fps {args.fps:g}: must be in 0.1..1000")
+        raise engine.InputError(f"--fps {args.fps:g}: must be in 0.1..1000")
     if args.video_format != "gif":
         opencv()  # before the work, not after it
     fps = args.fps
     if args.video_only:
         pictures = pictures_in(source, "attn-*") if source.is_dir() else []
         if not pictures:
-            raise utils.InputError(f"--input_path {source}: --video_only needs a folder")
+            raise engine.InputError(f"--input_path {source}: --video_only needs a folder")
     else:
         if args.pretrained_weights is None:
-            raise utils.InputError("--pretrained_weights: is needed unless --video_only is given")
+            raise engine.InputError("--pretrained_weights: is needed unless --video_only is given")
         process = start_process(args)
         if process.world_size > 1:
-            raise utils.InputError("video_generation.py runs in one process")
+            raise engine.InputError("video_generation.py runs in one process")
         backbone, _ = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
         model, pictures = backbone.model.to(process.device), []
         if source.is_dir():
@@ -152,4 +152,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-import utils
+import engine
 from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.protocol import start_process
@@ -85,21 +85,21 @@ def strip(image, attention, threshold=0.6, least=160):
 def main():
     args = get_args_parser().parse_args()
     if len(args.image_size) > 2:
-        raise utils.InputError(f"--image_size {' '.join(map(str, args.image_size))}: give height and width")
+        raise engine.InputError(f"--image_size {' '.join(map(str, args.image_size))}: give height and width")
     if not 0 < args.threshold <= 1:
-        raise utils.InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
+        raise engine.InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
     process = start_process(args)
     if process.world_size > 1:
-        raise utils.InputError("visualize_attention.py runs in one process")
+        raise engine.InputError("visualize_attention.py runs in one process")
     backbone, _ = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
     model, cell = backbone.model.to(process.device), backbone.patch_size
     height, width = args.image_size[0], args.image_size[-1]
     if height % cell or width % cell:
-        raise utils.InputError(f"--image_size {height} {width}: does not divide into patches of {cell} pixels")
+        raise engine.InputError(f"--image_size {height} {width}: does not divide into patches of {cell} pixels")
     count = model.blocks[-1].attn.num_heads
     heads = args.heads or list(range(count))
     if max(heads) >= count:
-        raise utils.InputError(f"--heads {max(heads)}: {backbone.arch} has the heads 0..{count - 1}")
+        raise engine.InputError(f"--heads {max(heads)}: {backbone.arch} has the heads 0..{count - 1}")
     transform = common.squared(height, width, backbone.normalize)
     folder = common.output_folder(args.output_dir, "--output_dir")
 
@@ -122,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

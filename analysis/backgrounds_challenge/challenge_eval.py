@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-import utils
+import engine
 from analysis.backgrounds_challenge.in9 import WHERE, in9_parser, of_size, right, variant_images
 from analysis.classifier import record, require, start, summed
 from loader import load_rgb, normalize
@@ -35,10 +35,10 @@ def foreground_files(data):
             images = (stem.with_name(stem.name + end) for end in (".JPEG", ".jpg", ".png"))
             image = next((path for path in images if path.is_file()), None)
             if image is None:
-                raise utils.InputError(f"{mask}: no image {stem}.JPEG to this mask")
+                raise engine.InputError(f"{mask}: no image {stem}.JPEG to this mask")
             found.append((mask, image, label))
     if len(classes) != 9 or not found:
-        raise utils.InputError(f"data folder {root}: {len(found)} masks in {len(classes)} class folders, ImageNet-9 has 9")
+        raise engine.InputError(f"data folder {root}: {len(found)} masks in {len(classes)} class folders, ImageNet-9 has 9")
     return found
 
 
@@ -47,11 +47,11 @@ def read_mask(path, size):
     try:
         mask = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise utils.InputError(f"{path}: cannot be read as a mask ({utils.one_line(error)})") from error
+        raise engine.InputError(f"{path}: cannot be read as a mask ({engine.one_line(error)})") from error
     if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biuf":
-        raise utils.InputError(f"{path}: cannot be read as a mask (no array of numbers)")
+        raise engine.InputError(f"{path}: cannot be read as a mask (no array of numbers)")
     if mask.shape != size:
-        raise utils.InputError(f"{path}: a mask of shape {mask.shape}, its image is {size}")
+        raise engine.InputError(f"{path}: a mask of shape {mask.shape}, its image is {size}")
     return torch.from_numpy((mask > 0.5).astype(np.uint8))[None]
 
 
@@ -92,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
-import utils
+import engine
 from analysis.classifier import classifier_parser, require
 from analysis.common import image_folder
 from evaluation.common.arguments import int_from
@@ -62,7 +62,7 @@ def in9_parser(description):
 def of_size(image, size, folder):
     """The PIL image as it is, if its (width, height) is `size`; else raises InputError: nothing is resized here."""
     if image.size != size:
-        raise utils.InputError(f"data folder {folder}: an image of {image.width} x {image.height} pixels, others have "
+        raise engine.InputError(f"data folder {folder}: an image of {image.width} x {image.height} pixels, others have "
                                f"{size[0]} x {size[1]} ({WHERE})")
     return image
 
@@ -73,6 +73,6 @@ def variant_images(data, variant, normalize=None):
     require(folder, f"{data}/VARIANT/val/CLASS/*.JPEG with the variants {', '.join(VARIANTS)}", WHERE)
     images = image_folder(folder)
     if len(images.classes) != 9:
-        raise utils.InputError(f"data folder {folder}: {len(images.classes)} class folders, ImageNet-9 has 9 ({WHERE})")
+        raise engine.InputError(f"data folder {folder}: {len(images.classes)} class folders, ImageNet-9 has 9 ({WHERE})")
     check = partial(of_size, size=images[0][0].size, folder=folder)
     return images.with_transform(v2.Compose([check, v2.PILToTensor(), normalize or v2.Identity()]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import utils
+import engine
 from analysis.backgrounds_challenge.in9 import in9_parser, right, variant_images
 from analysis.classifier import accuracy, record, start
 
@@ -33,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import RandomResizedCrop, v2
 
-import utils
+import engine
 from analysis import common
 from evaluation.common.arguments import int_from, probability
 from evaluation.common.protocol import start_process
@@ -41,9 +41,9 @@ def get_args_parser():
                         "checkpoint's global crops, else 224")
     parser.add_argument("--output_path", default="pics", help="folder of the pictures")
     parser.add_argument("--topk", type=int_from(1), default=12, help="matches to draw")
-    parser.add_argument("--show_pics", type=utils.bool_flag, default=True, help="draw, and stop after --show_nums; false: "
+    parser.add_argument("--show_pics", type=engine.bool_flag, default=True, help="draw, and stop after --show_nums; false: "
                         "go through all images for the accuracy alone")
-    parser.add_argument("--show_with_attn", type=utils.bool_flag, default=False, help="draw the attention on the left")
+    parser.add_argument("--show_with_attn", type=engine.bool_flag, default=False, help="draw the attention on the left")
     parser.add_argument("--show_nums", type=int_from(1), default=100, help="pictures")
     parser.add_argument("--sample_type", choices=("class", "instance"), default="class")
     parser.add_argument("--eval_radius", type=int_from(0), default=0, help="patches that a match may be off")
@@ -184,7 +184,7 @@ def pairs_of(args, images, backbone):
         return
     pairs = class_pairs(images.targets, max(args.batch_size, 2), args.seed)
     if not pairs:
-        raise utils.InputError(f"--data_path {args.data_path}: no class has {max(args.batch_size, 2)} images")
+        raise engine.InputError(f"--data_path {args.data_path}: no class has {max(args.batch_size, 2)} images")
     for one, two in pairs:
         yield images[one][0][None], images[two][0][None], None, None, torch.from_numpy(images.targets[[one]])
 
@@ -193,9 +193,9 @@ def main():
     args = get_args_parser().parse_args()
     process, instance = start_process(args), args.sample_type == "instance"
     if process.world_size > 1:
-        raise utils.InputError("visualize_correspondence.py runs in one process")
+        raise engine.InputError("visualize_correspondence.py runs in one process")
     if not instance and not args.show_pics:
-        raise utils.InputError("--show_pics false: there is no accuracy of --sample_type class")
+        raise engine.InputError("--show_pics false: there is no accuracy of --sample_type class")
     backbone, _ = common.load_vit(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.img_size)
     model, size, cell = backbone.model.to(process.device), backbone.image_size, backbone.patch_size
     cells, judge = size // cell, model
@@ -245,4 +245,4 @@ def accuracy_text(counts, radius):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import numpy as np
 from torchvision.transforms import v2
 
-import utils
+import engine
 from analysis.classifier import accuracy, classifier_parser, record, require, start
 from analysis.common import image_folder
 from evaluation.common.arguments import int_from
@@ -78,7 +78,7 @@ def main():
             images = cell_images(args.data, corruption, severity, backbone.image_size, args.per_class,
                                  backbone.normalize)
             if len(images.classes) != classes:
-                raise utils.InputError(f"data folder {images.root}: {len(images.classes)} class folders, the classifier "
+                raise engine.InputError(f"data folder {images.root}: {len(images.classes)} class folders, the classifier "
                                        f"has {classes} classes")
             errors[corruption].append(1 - accuracy(classifier, images, args.batch_size, args.num_workers, process))
         if process.rank == 0:
@@ -93,4 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

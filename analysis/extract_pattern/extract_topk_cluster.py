@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
-import utils
+import engine
 from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.backbone import weights_hash
@@ -101,10 +101,10 @@ def kept_bank(path, key):
     """The bank of a file that was made with `key`, else None and why."""
     if not path.is_file():
         return None, f"none kept as {path}"
-    content = utils.load_checkpoint(path)
+    content = engine.load_checkpoint(path)
     kept, bank = content.get("key"), content.get("memory_bank")
     if not isinstance(kept, dict) or not torch.is_tensor(bank):
-        raise utils.InputError(f"{path}: no memory bank of this project; move it away")
+        raise engine.InputError(f"{path}: no memory bank of this project; move it away")
     differ = [name for name in key if kept.get(name) != key[name]]
     if differ:
         return None, f"the one in {path} was made with other {', '.join(differ)}"
@@ -268,11 +268,11 @@ def draw_all(args, backbone, bank, counts, images, folder, process):
 def main():
     args = get_args_parser().parse_args()
     if args.patch_window % 2 == 0:
-        raise utils.InputError(f"--patch_window {args.patch_window}: must be odd, so that a patch is in the middle")
+        raise engine.InputError(f"--patch_window {args.patch_window}: must be odd, so that a patch is in the middle")
     if not 0 < args.temperature < math.inf:
-        raise utils.InputError(f"--temperature {args.temperature}: must be above 0")
+        raise engine.InputError(f"--temperature {args.temperature}: must be above 0")
     if args.pretrained_weights == "random":
-        raise utils.InputError("--pretrained_path random: clusters need the projection head of a checkpoint")
+        raise engine.InputError("--pretrained_path random: clusters need the projection head of a checkpoint")
     process = start_process(args)
     path = Path(args.save_path)
     is_file = path.suffix == ".pth" and not path.is_dir()  # for the reference, FILE.pth must be a folder
@@ -284,7 +284,7 @@ def main():
     head = load_projection_head(checkpoint, backbone.key, args.pretrained_weights, patches=args.type == "patch")
     K, size = len(head.last_layer.weight_v), backbone.image_size
     if args.out_dim not in (None, K):
-        raise utils.InputError(f"--out_dim {args.out_dim}: the head of {backbone.key} has {K} outputs")
+        raise engine.InputError(f"--out_dim {args.out_dim}: the head of {backbone.key} has {K} outputs")
     crop = common.centre(size)
     images = common.image_folder(args.data_path, v2.Compose([crop, v2.PILToTensor(), backbone.normalize]))
 
@@ -298,17 +298,17 @@ def main():
                **backbone.pixel_stats.as_settings()}
         bank, reason = kept_bank(bank_file, key)
         print(f"memory bank: {reason}", flush=True)
-    if not utils.host_reduce(int(bank is not None)):
+    if not engine.host_reduce(int(bank is not None)):
         bank = fill_bank(backbone.model, head, images, args.type, temperature, args.batch_size, args.num_workers, process)
         if process.rank == 0:
             try:
-                utils.save_atomically({"memory_bank": bank, "num_per_cluster": cluster_counts(bank, K), "key": key},
+                engine.save_atomically({"memory_bank": bank, "num_per_cluster": cluster_counts(bank, K), "key": key},
                                       bank_file)
             except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-                raise utils.InputError(f"--save_path {bank_file}: cannot be written ({error})") from error
+                raise engine.InputError(f"--save_path {bank_file}: cannot be written ({error})") from error
     if process.rank == 0:
         draw_all(args, backbone, bank, cluster_counts(bank, K), images.with_transform(crop), folder, process)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 import torch.distributed as dist
 
-import utils
+import engine
 from analysis import common
 from evaluation.common.arguments import checkpoint_keys, int_from
 from evaluation.common.charts import draw_curves
@@ -46,7 +46,7 @@ def get_args_parser():
     parser.set_defaults(checkpoint_key="teacher", batch_size=128)
     add_probe_flags(parser)
     parser.add_argument("--topk", type=int_from(1), nargs="+", default=[1, 7, 14, 56, 112, 196], help="numbers of patches")
-    parser.add_argument("--reverse_top", type=utils.bool_flag, default=False, help="the least attended patches")
+    parser.add_argument("--reverse_top", type=engine.bool_flag, default=False, help="the least attended patches")
     parser.add_argument("--image_size", type=int_from(1), help="side in pixels; by default that of the checkpoint's global "
                         "crops, else 224")
     parser.add_argument("--output_dir", default=".", help="folder of the results")
@@ -116,7 +116,7 @@ def probe(args, keys, backbone, train, val, process):
 def main():
     args = get_args_parser().parse_args()
     if len(set(args.topk)) < len(args.topk):
-        raise utils.InputError(f"--topk {' '.join(map(str, args.topk))}: a number is there twice")
+        raise engine.InputError(f"--topk {' '.join(map(str, args.topk))}: a number is there twice")
     process = start_process(args)
     keys = checkpoint_keys(args.pretrained_weights, args.checkpoint_key)
     read_results(results_folder(args))  # a damaged file is found before the work
@@ -128,7 +128,7 @@ def main():
     for backbone in backbones:
         cells = (backbone.image_size // backbone.patch_size) ** 2
         if max(args.topk) > cells:
-            raise utils.InputError(f"--topk {max(args.topk)}: images of {backbone.image_size} pixels have {cells} patches")
+            raise engine.InputError(f"--topk {max(args.topk)}: images of {backbone.image_size} pixels have {cells} patches")
     train, val = image_sets("imagefolder", args.data_path)
     if process.world_size > 1:
         dist.barrier()  # nobody may write before all have looked
@@ -142,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from torchvision.transforms import v2
 
-import utils
+import engine
 from analysis.classifier import classifier_parser, record, require, start
 from analysis.common import centre, image_folder
 from evaluation.common.features import extract_features, sharded_loader
@@ -68,7 +68,7 @@ def main():
     require(Path(args.data), f"{args.data}/WNID/*.jpg, the 200 folders of imagenet-a.tar", WHERE)
     images = image_folder(args.data, v2.Compose([centre(backbone.image_size), v2.PILToTensor(), backbone.normalize]))
     if len(images.classes) != len(CLASSES):
-        raise utils.InputError(f"data folder {args.data}: {len(images.classes)} class folders, ImageNet-A has 200; "
+        raise engine.InputError(f"data folder {args.data}: {len(images.classes)} class folders, ImageNet-A has 200; "
                                "is it the folder imagenet-a itself?")
 
     def confidence_and_class(batch):
@@ -91,4 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-import utils
+import engine
 from analysis import common
 from analysis.classifier import classifier_parser, own_batches, record, require, start, summed
 from evaluation.common.arguments import int_from
@@ -36,7 +36,7 @@ def get_args_parser():
     parser = classifier_parser("Accuracy under dropped and shuffled patches", "data/imagenet/val",
                                weights="--pretrained_weights", data_flag="--test_data")
     parser.add_argument("--scale_size", type=int_from(1), help="shorter side before the crop; by default 8/7 of it")
-    parser.add_argument("--bicubic_resize", type=utils.bool_flag, default=False, help="by default bilinear")
+    parser.add_argument("--bicubic_resize", type=engine.bool_flag, default=False, help="by default bilinear")
     parser.add_argument("--random_drop", action="store_true", help="drop random cells")
     parser.add_argument("--dino", action="store_true", help="drop salient and non-salient patches")
     parser.add_argument("--shuffle", action="store_true", help="permute cells")
@@ -172,14 +172,14 @@ def measure(classifier, images, degradations, batch_size, num_workers, process):
 def grids_of(args, size, patch_size):
     """(((h, w), offset) of --random_drop or None, list of (h, w) of --shuffle). Raises InputError for what does not fit."""
     if not (args.random_drop or args.dino or args.shuffle):
-        raise utils.InputError("give --random_drop, --dino or --shuffle, or several of them")
+        raise engine.InputError("give --random_drop, --dino or --shuffle, or several of them")
     if len(args.shuffle_h or ()) != len(args.shuffle_w or ()):
-        raise utils.InputError("--shuffle_h and --shuffle_w: give as many heights as widths")
+        raise engine.InputError("--shuffle_h and --shuffle_w: give as many heights as widths")
     drop = None
     if args.random_drop:
         grid = args.shuffle_size if args.shuffle_size and not args.shuffle else [size // patch_size]
         if len(grid) > 2:
-            raise utils.InputError("--shuffle_size: --random_drop takes one number, or height and width")
+            raise engine.InputError("--shuffle_size: --random_drop takes one number, or height and width")
         drop = ((grid[0], grid[-1]), patch_size // 2 if args.random_offset_drop else 0)
     if args.shuffle_h:
         grids = list(zip(args.shuffle_h, args.shuffle_w, strict=True))
@@ -190,7 +190,7 @@ def grids_of(args, size, patch_size):
     grids = grids if args.shuffle else []
     for side in {side for grid in (*grids, *([drop[0]] if drop else [])) for side in grid}:
         if size % side:
-            raise utils.InputError(f"a grid of {side} cells a side: images of {size} pixels do not divide into them")
+            raise engine.InputError(f"a grid of {side} cells a side: images of {size} pixels do not divide into them")
     return drop, grids
 
 
@@ -202,11 +202,11 @@ def saliency_of(args, backbone, device):
                                       backbone.image_size)
         common.check_same_pixels(tested, backbone, "--saliency_from")
     elif backbone.arch.startswith("swin"):
-        raise utils.InputError("--dino: a Swin has no [CLS]; give a ViT's checkpoint as --saliency_from")
+        raise engine.InputError("--dino: a Swin has no [CLS]; give a ViT's checkpoint as --saliency_from")
     model = backbone.model.to(device)
     heads = model.blocks[-1].attn.num_heads
     if not -1 <= args.saliency_head < heads:
-        raise utils.InputError(f"--saliency_head {args.saliency_head}: there are {heads} heads, from 0")
+        raise engine.InputError(f"--saliency_head {args.saliency_head}: there are {heads} heads, from 0")
 
     def attention(images):
         weights = common.cls_attention(model, images)
@@ -255,13 +255,13 @@ def main():
     drop, grids = grids_of(args, size, backbone.patch_size)
     saliency = saliency_of(args, backbone, process.device) if args.dino else None
     if args.scale_size and args.scale_size < size:
-        raise utils.InputError(f"--scale_size {args.scale_size}: smaller than the crop of {size} pixels")
+        raise engine.InputError(f"--scale_size {args.scale_size}: smaller than the crop of {size} pixels")
     crop = common.centre(size, args.scale_size, args.bicubic_resize)
     require(Path(args.data), f"{args.data}/WNID/*.JPEG, ImageNet's validation images in a folder for each class",
             "https://www.image-net.org")
     images = common.image_folder(args.data, v2.Compose([crop, v2.PILToTensor(), backbone.normalize]))
     if len(images.classes) != len(classifier.linear.bias):
-        raise utils.InputError(f"--test_data {args.data}: {len(images.classes)} class folders, the classifier has "
+        raise engine.InputError(f"--test_data {args.data}: {len(images.classes)} class folders, the classifier has "
                                f"{len(classifier.linear.bias)} classes")
     folder = Path(args.output_dir) if args.output_dir else None
     for run in range(args.exp_count):
@@ -280,4 +280,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

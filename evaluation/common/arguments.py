@@ -1,8 +1,8 @@
 """Flags that all evaluations share."""
 import argparse
 
+import engine
 import models
-import utils
 from evaluation.common.data import DATASETS
 
 
@@ -48,7 +48,7 @@ def evaluation_parser(description, frozen=True, labelled=True):
     else:
         data.add_argument("--data_path", help="folder of the data")
     data.add_argument("--batch_size_per_gpu", type=int_from(1), default=128, help="images per process and batch")
-    data.add_argument("--num_workers", type=int_from(0), default=utils.default_workers(),
+    data.add_argument("--num_workers", type=int_from(0), default=engine.default_workers(),
                       help="loader workers per process; by default its share of the cores less one, at most 10")
 
     run = parser.add_argument_group("run")
@@ -66,7 +66,7 @@ def _add_labelled(data):
                       help="imagefolder: DATA/{train,val}/CLASS/IMAGE; the others as torchvision keeps them")
     data.add_argument("--data_path", help="folder of the data; by default "
                       + ", ".join(f"{folder} ({name})" for name, (folder, _) in DATASETS.items()))
-    data.add_argument("--download", type=utils.bool_flag, nargs="?", const=True, default=False,
+    data.add_argument("--download", type=engine.bool_flag, nargs="?", const=True, default=False,
                       help="let torchvision fetch the data set if it is missing")
     data.add_argument("--train_subset", metavar="FILE|FRACTION",
                       help="train on part of the images: a list of file names, one a line, or a share of each class")
@@ -91,5 +91,5 @@ def checkpoint_keys(weights, text):
         return ["random"]
     keys = [key.strip() for key in text.split(",") if key.strip()]
     if not keys:
-        raise utils.InputError("--checkpoint_key is empty")
+        raise engine.InputError("--checkpoint_key is empty")
     return keys

@@ -12,9 +12,9 @@ from timm.data.auto_augment import posterize
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from engine import InputError
 from evaluation.common.data import epoch_order
 from loader import IMAGENET, MAX_BAD_IN_A_ROW, BadImage, normalize
-from utils import InputError
 
 REPEATS = 3  # of an image in an epoch of repeated augmentation
 SMALL = 32  # pixels: up to this size images are padded and cut, not scaled

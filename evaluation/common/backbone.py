@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
+import engine
 import models
-import utils
 from loader import IMAGENET, PixelStats, normalize, stored_pixel_stats
 
 RANDOM_SEED = 0  # the untrained baseline is one fixed network, the same in every process
@@ -40,8 +40,8 @@ class EvaluatedBackbone:
 def read_weights(weights):
     """Content of the file `weights`; of the word `random`, an empty dictionary. Raises InputError where there is none."""
     if weights in ("", "download", "supervised"):
-        raise utils.InputError(f"--pretrained_weights {weights!r}: nothing is downloaded; give a file, or random")
-    return {} if weights == "random" else utils.load_checkpoint(weights)
+        raise engine.InputError(f"--pretrained_weights {weights!r}: nothing is downloaded; give a file, or random")
+    return {} if weights == "random" else engine.load_checkpoint(weights)
 
 
 def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_size=None, image_size=None, checkpoint=None):
@@ -54,17 +54,17 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     Raises InputError for a missing file or key and for weights that do not fit, with what is missing.
     """
     checkpoint = read_weights(weights) if checkpoint is None else checkpoint
-    state = None if weights == "random" else _reference_names(utils.backbone_state_dict(checkpoint, key, weights))
+    state = None if weights == "random" else _reference_names(engine.backbone_state_dict(checkpoint, key, weights))
 
-    stored = utils.stored_args(checkpoint, weights)
+    stored = engine.stored_args(checkpoint, weights)
     arch = arch or stored.get("arch", "vit_small")
     if not isinstance(arch, str) or arch not in models.ARCHS:
-        raise utils.InputError(f"checkpoint {weights}: its arch, {_shown(arch)}, is not one of {', '.join(models.ARCHS)}")
+        raise engine.InputError(f"checkpoint {weights}: its arch, {_shown(arch)}, is not one of {', '.join(models.ARCHS)}")
 
     def setting(given, name, default, largest):
         value = stored.get(name, default) if given is None else given
         if given is None and (type(value) is not int or not 1 <= value <= largest):
-            raise utils.InputError(f"checkpoint {weights}: its {name}, {_shown(value)}, must be a number of 1..{largest}")
+            raise engine.InputError(f"checkpoint {weights}: its {name}, {_shown(value)}, must be a number of 1..{largest}")
         return value
 
     # Bounds, as the sizes of a foreign file must not decide how much memory is taken; flags may exceed them.
@@ -75,7 +75,7 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     if is_swin:
         patch_size = 4
     if image_size % patch_size:
-        raise utils.InputError(f"--image_size {image_size} does not divide into patches of {patch_size} pixels")
+        raise engine.InputError(f"--image_size {image_size} does not divide into patches of {patch_size} pixels")
 
     sizes = f"window {window_size}" if is_swin else f"patch {patch_size}"
     if state is None:
@@ -87,19 +87,19 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
         trained_size = 224 if is_swin else _trained_image_size(state, patch_size, weights)
         model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=trained_size)
         try:
-            utils.load_backbone(model, state, weights)
-        except utils.InputError as error:
-            raise utils.InputError(f"{error} (the network is {arch}, {sizes}; see --arch)") from error
+            engine.load_backbone(model, state, weights)
+        except engine.InputError as error:
+            raise engine.InputError(f"{error} (the network is {arch}, {sizes}; see --arch)") from error
         source = f"{key} of {weights}"
     stats = IMAGENET if weights == "random" else stored_pixel_stats(checkpoint, weights)
-    if utils.is_main_process():
+    if engine.is_main_process():
         print(f"backbone {arch}, {sizes}, images of {image_size} pixels, normalised with {stats}: {source}", flush=True)
     model = model.float().eval().requires_grad_(False)
     return EvaluatedBackbone(model, key, weights_hash(model), arch, patch_size, window_size, image_size, stats)
 
 
 def _shown(value):
-    return utils.printable(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+    return engine.printable(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
 def weights_hash(model):
@@ -126,12 +126,12 @@ def _trained_image_size(state, patch_size, weights):
     if positions is None or patches is None:
         return patch_size  # loading will say what is missing
     if positions.ndim != 3 or patches.ndim != 4:
-        raise utils.InputError(f"checkpoint {weights} is no ViT: pos_embed or patch_embed.proj.weight has another shape")
+        raise engine.InputError(f"checkpoint {weights} is no ViT: pos_embed or patch_embed.proj.weight has another shape")
     if patches.shape[-1] != patch_size:
-        raise utils.InputError(f"checkpoint {weights} has patches of {patches.shape[-1]} pixels, not {patch_size}; "
+        raise engine.InputError(f"checkpoint {weights} has patches of {patches.shape[-1]} pixels, not {patch_size}; "
                                "see --patch_size")
     cells = math.isqrt(max(positions.shape[1] - 1, 0))
     if not 1 <= cells <= MOST_CELLS or cells ** 2 != positions.shape[1] - 1:
-        raise utils.InputError(f"checkpoint {weights}: its {positions.shape[1] - 1} patch positions are no square grid "
+        raise engine.InputError(f"checkpoint {weights}: its {positions.shape[1] - 1} patch positions are no square grid "
                                f"of at most {MOST_CELLS} x {MOST_CELLS}")
     return cells * patch_size

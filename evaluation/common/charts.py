@@ -4,7 +4,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-import utils
+import engine
 
 SIDE, LINE, SCALE = (720, 400), 3, 2  # pixels of a picture and of a line, drawn SCALE times as large for smooth edges
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
@@ -21,7 +21,7 @@ def read_log(path):
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise utils.InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise engine.InputError(f"{path}: cannot be read ({error.strerror})") from error
     for line in filter(str.strip, lines):
         try:
             values = numbers(json.loads(line))
@@ -62,7 +62,7 @@ def draw_curves(series, title, path, x_label="epoch", log_x=False):
     image = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12 * SCALE)
     x0, x1, y0 = 64 * SCALE, width - 16 * SCALE, height - 44 * SCALE
-    names, legend, x, y = [utils.printable(name) for name in series], [], x0, 42 * SCALE
+    names, legend, x, y = [engine.printable(name) for name in series], [], x0, 42 * SCALE
     for name in names:
         length = 44 * SCALE + draw.textlength(name, font)
         if x > x0 and x + length > x1:

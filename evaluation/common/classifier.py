@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 
+import engine
 import models
-import utils
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.clustering import load_projection_head
 
@@ -57,7 +57,7 @@ class ProjectionClassifier(nn.Module):
 def build_network(args, key, checkpoint, num_classes):
     """(`Classifier`, the `EvaluatedBackbone` it was made of), on the CPU, for the entry `key` of a checkpoint's content.
 
-    The position embedding is resampled for `--image_size` once, to its number of cells. Raises `utils.InputError` as
+    The position embedding is resampled for `--image_size` once, to its number of cells. Raises `engine.InputError` as
     `load_evaluated_backbone`, and for heads and poolings that the network does not have.
     """
     source = load_evaluated_backbone(args.pretrained_weights, key, args.arch, args.patch_size, args.window_size,
@@ -65,7 +65,7 @@ def build_network(args, key, checkpoint, num_classes):
     backbone = source.model.train().requires_grad_(True)
     is_swin = source.arch.startswith("swin")
     if is_swin and args.avgpool_patchtokens:
-        raise utils.InputError(f"--avgpool_patchtokens {args.avgpool_patchtokens}: a Swin has mode 0 only")
+        raise engine.InputError(f"--avgpool_patchtokens {args.avgpool_patchtokens}: a Swin has mode 0 only")
     if not is_swin:
         cells = source.image_size // source.patch_size
         backbone.pos_embed = nn.Parameter(resize_positions(backbone.pos_embed.detach(), cells))
@@ -76,7 +76,7 @@ def build_network(args, key, checkpoint, num_classes):
                                           hint="; --finetune_head_layer 0 needs none").train().requires_grad_(True)
         outputs = len(projection.last_layer.weight_v)
         if args.finetune_head_layer == 3 and args.out_dim not in (None, outputs):
-            raise utils.InputError(f"--out_dim {args.out_dim}: the projection head of {key} has {outputs} outputs; leave "
+            raise engine.InputError(f"--out_dim {args.out_dim}: the projection head of {key} has {outputs} outputs; leave "
                                    "the flag out")
         head = ProjectionClassifier(projection, args.finetune_head_layer, num_classes)
         new = head.fc

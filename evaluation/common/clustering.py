@@ -5,7 +5,7 @@ Letters: n images, F feature size, k clusters.
 import torch
 import torch.nn.functional as F
 
-import utils
+import engine
 from models import iBOTHead
 
 MAX_BLOCK = 64_000_000  # floats of the largest intermediate: 256 MB
@@ -18,21 +18,21 @@ def load_projection_head(checkpoint, key, path, patches=False, hint=""):
     Sizes and norms follow from the weights, the activation from the checkpoint's `args` (GELU if it has none). Heads of
     iBOT and of DINO are read. Raises InputError if there is none, with the `hint` what to do, or if names are missing.
     """
-    names = utils.without_prefix({name: value for name, value in utils.network_state_dict(checkpoint, key, path).items()
+    names = engine.without_prefix({name: value for name, value in engine.network_state_dict(checkpoint, key, path).items()
                                   if name.startswith("head.")}, "head.")
     own = "last_layer2." if patches and "last_layer2.weight_v" in names else "last_layer."
     state = {name.replace(own, "last_layer."): value for name, value in names.items()
              if name.startswith(own) or not name.startswith("last_layer")}
     missing = [name for name in ("mlp.0.weight", "last_layer.weight_v") if name not in state]
     if missing:
-        raise utils.InputError(f"checkpoint {path}: key {key!r} holds no projection head (missing: head."
+        raise engine.InputError(f"checkpoint {path}: key {key!r} holds no projection head (missing: head."
                                f"{', head.'.join(missing)}){hint}")
     norm = None if state.get("mlp.1.weight") is None else "bn" if "mlp.1.running_mean" in state else "ln"
     (hidden_dim, in_dim), (out_dim, bottleneck_dim) = state["mlp.0.weight"].shape, state["last_layer.weight_v"].shape
     head = iBOTHead(in_dim, out_dim, norm=norm, act=getattr(checkpoint.get("args"), "act_in_head", "gelu"),
                     shared_head=True, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
     state |= {name.replace("last_layer.", "last_layer2."): value for name, value in state.items() if "last_layer." in name}
-    utils.load_strictly(head, state, path)
+    engine.load_strictly(head, state, path)
     return head.float().eval().requires_grad_(False)
 
 
@@ -51,7 +51,7 @@ def kmeans(features, k, seed=0, max_iter=100, device="cpu", max_block=MAX_BLOCK)
     cluster, or after `max_iter` rounds. Raises InputError for more clusters than images.
     """
     if k > len(features):
-        raise utils.InputError(f"k-means: {k} clusters of {len(features)} images")
+        raise engine.InputError(f"k-means: {k} clusters of {len(features)} images")
     x = F.normalize(features.to(device), dim=1)
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same draws on every device
     centres = x[_spread_out(x, k, generator)]

@@ -16,7 +16,7 @@ from scipy.io import loadmat
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-import utils
+import engine
 from loader import CheckedImageFolder, ImageFolderInstance, load_rgb, normalize
 
 # Where each data set is looked for by default, and what must be in that folder.
@@ -138,17 +138,17 @@ def image_sets(dataset, data_path=None, train_transform=None, val_transform=None
     root = Path(default if data_path is None else data_path).expanduser()
     if download:
         if dataset not in DOWNLOADABLE:
-            raise utils.InputError(f"--download: {dataset} cannot be fetched; put {expected} into {root}")
-        if utils.get_world_size() > 1:
-            raise utils.InputError("--download: fetch the data in one process first, then start several")
+            raise engine.InputError(f"--download: {dataset} cannot be fetched; put {expected} into {root}")
+        if engine.get_world_size() > 1:
+            raise engine.InputError("--download: fetch the data in one process first, then start several")
     elif dataset != "imagefolder" and not root.is_dir():
-        raise utils.InputError(_missing(dataset, root, "no such folder"))
+        raise engine.InputError(_missing(dataset, root, "no such folder"))
     try:
         parts = _SOURCES[dataset](dataset, root, download)
-    except utils.InputError:
+    except engine.InputError:
         raise
     except (RuntimeError, OSError, ValueError, TypeError, LookupError) as error:
-        raise utils.InputError(_missing(dataset, root, str(error).partition(". ")[0])) from error
+        raise engine.InputError(_missing(dataset, root, str(error).partition(". ")[0])) from error
     train, val = (ImageSet(f"{dataset} {name}", root, *part, transform) for name, part, transform
                   in zip(("train", "val"), parts, (train_transform, val_transform), strict=True))
     if train_subset is not None:
@@ -177,7 +177,7 @@ def image_folders(data_path, size, normalize=normalize):
 def _renumber(train, val):
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
-        raise utils.InputError(f"data folder {val.root}: {len(unknown)} class folder(s) that {train.root} lacks: "
+        raise engine.InputError(f"data folder {val.root}: {len(unknown)} class folder(s) that {train.root} lacks: "
                                f"{', '.join(unknown[:5])}")
     number = [train.class_to_idx[name] for name in val.classes]
     val.samples = val.imgs = [(path, number[label]) for path, label in val.samples]
@@ -285,9 +285,9 @@ def subset_places(images, text, seed=0):
     try:
         fraction = float(text)
     except ValueError:
-        raise utils.InputError(f"--train_subset {text}: no such file, nor a fraction") from None
+        raise engine.InputError(f"--train_subset {text}: no such file, nor a fraction") from None
     if not 0 < fraction < 1:
-        raise utils.InputError(f"--train_subset {text}: a fraction must be above 0 and below 1")
+        raise engine.InputError(f"--train_subset {text}: a fraction must be above 0 and below 1")
     rng = np.random.default_rng(seed)
     drawn = []
     for label in np.unique(images.targets):
@@ -300,9 +300,9 @@ def _listed(images, path):
     try:
         wanted = {line.strip() for line in path.read_text().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
-        raise utils.InputError(f"--train_subset {path}: cannot be read as text ({type(error).__name__})") from error
+        raise engine.InputError(f"--train_subset {path}: cannot be read as text ({type(error).__name__})") from error
     if not wanted:
-        raise utils.InputError(f"--train_subset {path}: the list is empty")
+        raise engine.InputError(f"--train_subset {path}: the list is empty")
     places, found, twice = [], set(), set()
     for place, name in enumerate(images.paths()):
         # NAME, CLASS/NAME or the path below the data folder.
@@ -314,5 +314,5 @@ def _listed(images, path):
     for names, problem in ((wanted - found, f"are not among the {len(images)} images of {images.name}"),
                            (twice, "stand for several images; write CLASS/NAME")):
         if names:
-            raise utils.InputError(f"--train_subset {path}: {len(names)} names {problem}: {', '.join(sorted(names)[:3])}")
+            raise engine.InputError(f"--train_subset {path}: {len(names)} names {problem}: {', '.join(sorted(names)[:3])}")
     return np.array(places)

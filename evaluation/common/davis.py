@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy.spatial import cKDTree
 
-import utils
+import engine
 
 VOID = 255  # of an annotation: counts as background
 BOUND = 0.008  # of the distance between boundaries, as a share of the image's diagonal
@@ -51,35 +51,35 @@ def find_sequences(data_path, names=None):
         try:
             names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise utils.InputError(f"{path}: no list of sequences can be read ({type(error).__name__}); expected in DATA: "
+            raise engine.InputError(f"{path}: no list of sequences can be read ({type(error).__name__}); expected in DATA: "
                                    f"{EXPECTED}") from error
         if not names:
-            raise utils.InputError(f"{path}: the list is empty")
+            raise engine.InputError(f"{path}: the list is empty")
     return [_find_sequence(root, name) for name in dict.fromkeys(names)], root
 
 
 def _find_sequence(root, name):
     if Path(name).name != name or name == "..":  # its masks go to a folder of this name
-        raise utils.InputError(f"sequence {utils.printable(name)}: is not the name of a folder")
+        raise engine.InputError(f"sequence {engine.printable(name)}: is not the name of a folder")
     frames, annotations = (sorted((root / kind / "480p" / name).glob(pattern))
                            for kind, pattern in (("JPEGImages", "*.jpg"), ("Annotations", "*.png")))
     for found, kind, what in ((frames, "JPEGImages", "frames *.jpg"), (annotations, "Annotations", "annotations *.png")):
         if not found:
-            raise utils.InputError(f"sequence {name}: no {what} in {root / kind / '480p' / name}; expected in DATA: "
+            raise engine.InputError(f"sequence {name}: no {what} in {root / kind / '480p' / name}; expected in DATA: "
                                    f"{EXPECTED}")
     stems, known = [path.stem for path in frames], {path.stem for path in annotations}
     for path in annotations:
         if path.stem not in stems:
-            raise utils.InputError(f"sequence {name}: the frame of {path} is missing")
+            raise engine.InputError(f"sequence {name}: the frame of {path} is missing")
     lacking = [stem for stem in stems if stem not in known]
     if lacking and (len(annotations) > 1 or stems[0] in lacking):
-        raise utils.InputError(f"sequence {name}: the annotation {annotations[0].with_stem(lacking[0])} is missing")
+        raise engine.InputError(f"sequence {name}: the annotation {annotations[0].with_stem(lacking[0])} is missing")
     if len(frames) < 3:
-        raise utils.InputError(f"sequence {name}: {len(frames)} frames are too few, as the first and the last do not count")
+        raise engine.InputError(f"sequence {name}: {len(frames)} frames are too few: the first and the last do not count")
     labels, _ = read_labels(annotations[0])
     objects = int(without_void(labels).max())
     if not objects:
-        raise utils.InputError(f"{annotations[0]}: no object in it (the value {VOID} counts as background)")
+        raise engine.InputError(f"{annotations[0]}: no object in it (the value {VOID} counts as background)")
     return Sequence(name, tuple(frames), tuple(annotations), labels.shape[::-1], objects)
 
 
@@ -110,7 +110,7 @@ def read_labels(path, size=None):
             return np.array(image), image.getpalette() if image.mode == "P" else None
     except Exception as error:  # decoders raise almost anything on a damaged file
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        raise utils.InputError(f"{path}: cannot be read as a mask ({' '.join(reason.split())})") from error
+        raise engine.InputError(f"{path}: cannot be read as a mask ({' '.join(reason.split())})") from error
 
 
 def read_annotation(path, size):
@@ -131,7 +131,7 @@ def write_labels(labels, path, palette=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     except OSError as error:
-        raise utils.InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise engine.InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def pascal_palette():
@@ -230,4 +230,4 @@ def write_scores(scores, folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("".join(",".join(row) + "\n" for row in rows))
         except OSError as error:
-            raise utils.InputError(f"{folder / name}: cannot be written ({error.strerror})") from error
+            raise engine.InputError(f"{folder / name}: cannot be written ({error.strerror})") from error

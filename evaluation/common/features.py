@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
-import utils
+import engine
 from evaluation.common.data import eval_transform
 from models.swin_transformer import SwinTransformer
 
@@ -21,12 +21,12 @@ def feature_dim(model, n_last_blocks=1, avgpool_patchtokens=0):
     """F of `pool_features`. Raises InputError for a combination that the backbone does not have."""
     if isinstance(model, SwinTransformer):
         if avgpool_patchtokens:
-            raise utils.InputError(f"--avgpool_patchtokens {avgpool_patchtokens}: a Swin has mode 0 only")
+            raise engine.InputError(f"--avgpool_patchtokens {avgpool_patchtokens}: a Swin has mode 0 only")
         widths = [block.dim for stage in model.layers for block in stage.blocks]
     else:
         widths = [model.embed_dim] * len(model.blocks)
     if n_last_blocks > len(widths):
-        raise utils.InputError(f"--n_last_blocks {n_last_blocks}: the backbone has {len(widths)} blocks")
+        raise engine.InputError(f"--n_last_blocks {n_last_blocks}: the backbone has {len(widths)} blocks")
     taps = widths[-n_last_blocks:]
     return (sum(taps), widths[-1], sum(taps) + widths[-1])[avgpool_patchtokens]
 
@@ -92,7 +92,7 @@ def extract_features(model_fn, loader, process, name="images"):
     if process.world_size > 1:
         dist.all_reduce(broken)
     if broken:
-        raise utils.InputError(f"features of {name} are not finite: the weights hold NaN or overflow")
+        raise engine.InputError(f"features of {name} are not finite: the weights hold NaN or overflow")
     return features, labels
 
 
@@ -140,9 +140,9 @@ def frozen_features(backbone, images, process, n_last_blocks=1, avgpool_patchtok
         path = Path(dump_to) / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            utils.save_atomically({"key": key, "features": features, "labels": labels}, path)
+            engine.save_atomically({"key": key, "features": features, "labels": labels}, path)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-            raise utils.InputError(f"--dump_features {path}: cannot be written ({error})") from error
+            raise engine.InputError(f"--dump_features {path}: cannot be written ({error})") from error
     return features, labels
 
 
@@ -152,7 +152,7 @@ def _say_size(size, name, folder):
     free = shutil.disk_usage(there).free
     what = f"features of {name} take {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
     if size > free:
-        raise utils.InputError(f"--dump_features {folder}: {what}")
+        raise engine.InputError(f"--dump_features {folder}: {what}")
     print(f"{what} in {folder}", flush=True)
 
 
@@ -160,10 +160,10 @@ def _load_features(path, key):
     """((features, labels), line to print) of a file of `frozen_features`; (None, line) if it was made with another key."""
     if not path.is_file():
         return None, f"none kept as {path}"
-    content = utils.load_checkpoint(path)
+    content = engine.load_checkpoint(path)
     kept = content.get("key")
     if not isinstance(kept, dict) or not {"features", "labels"} <= content.keys():
-        raise utils.InputError(f"--load_features: {path} holds no features of this project; move it away")
+        raise engine.InputError(f"--load_features: {path} holds no features of this project; move it away")
     differ = [name for name in key if kept.get(name) != key[name]]
     if differ:
         return None, f"those in {path} are not used, they were made with other {', '.join(differ)}"

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+import engine
 import loader
 import models
 import utils
@@ -59,7 +60,7 @@ def finetune_parser(description):
     """All flags, with the defaults of fine-tuning on ImageNet; see `reference_flags.our_words` for other spellings."""
     parser = evaluation_parser(description, frozen=False)
     parser.set_defaults(output_dir=".", n_last_blocks=1)  # a constant, recorded beside the pooling
-    switch = {"type": utils.bool_flag, "nargs": "?", "const": True}
+    switch = {"type": engine.bool_flag, "nargs": "?", "const": True}
 
     network = parser.add_argument_group("network")
     network.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1), default=0,
@@ -95,7 +96,7 @@ def finetune_parser(description):
     optim.add_argument("--model_ema_decay", type=float, default=0.9999)
     optim.add_argument("--on_nonfinite", default="stop", choices=("stop", "skip"),
                        help="losses or gradients that are not finite: end the run, or go on without that update "
-                            f"({utils.MAX_DROPPED} in a row end it too)")
+                            f"({engine.MAX_DROPPED} in a row end it too)")
     optim.add_argument("--use_fp16", default=True, help="mixed precision", **switch)
     optim.add_argument("--amp_dtype", default="auto", choices=("auto", "bfloat16", "float16"),
                        help="auto: bfloat16 where the hardware has it, else float16 with a gradient scaler on CUDA")
@@ -132,14 +133,14 @@ def finetune_parser(description):
                             **switch)
 
     files = parser.add_argument_group("files")
-    files.add_argument("--load_from", help=f"resume from this file of the output folder, e.g. {utils.CHECKPOINT}; auto: "
+    files.add_argument("--load_from", help=f"resume from this file of the output folder, e.g. {engine.CHECKPOINT}; auto: "
                                            "from the newest good one, or a fresh start where there is none")
     files.add_argument("--overwrite", default=False, **switch,
                        help="start over in a folder that holds a run; with --load_from auto only if that was another one")
     files.add_argument("--save_ckpt_freq", type=float, default=0,
                        help="also keep checkpoint-EPOCH.pth every so many percent of the epochs; 0: never")
     files.add_argument("--save_every_steps", type=int_from(0), default=0,
-                       help=f"also save {utils.CHECKPOINT} every so many updates; 0: never")
+                       help=f"also save {engine.CHECKPOINT} every so many updates; 0: never")
     files.add_argument("--save_every_minutes", type=float, default=0.0, help="the same by the clock")
     files.add_argument("--on_save_error", default="continue", choices=("continue", "stop"),
                        help="when a checkpoint cannot be written, e.g. on a full disk; the one before it stays")
@@ -166,15 +167,15 @@ def transfer_parser(description):
 
 
 def check_args(args):
-    """The learning rates of `args`, a list. Raises `utils.InputError` for values that cannot be trained with."""
+    """The learning rates of `args`, a list. Raises `engine.InputError` for values that cannot be trained with."""
     def need(condition, message):
         if not condition:
-            raise utils.InputError(message)
+            raise engine.InputError(message)
 
     try:
         rates = [float(part) for part in args.lr.split(",")]
     except ValueError:
-        raise utils.InputError(f"--lr {args.lr}: expected a number or a comma list of numbers") from None
+        raise engine.InputError(f"--lr {args.lr}: expected a number or a comma list of numbers") from None
     need(all(0 < rate < math.inf for rate in rates), f"--lr {args.lr}: rates must be above 0")
     need(len(set(rates)) == len(rates), f"--lr {args.lr}: a rate is there twice")
     for name in ("min_lr", "warmup_lr", "weight_decay", "weight_decay_end", "clip_grad", "mixup", "cutmix", "init_scale",
@@ -275,7 +276,7 @@ def train_step(batches, network, optimizer, scaler, lr, weight_decay, mixing=Non
     for i, (images, labels) in enumerate(batches):
         if mixing:
             images, labels = mixing(images, labels)
-        with network.no_sync() if utils.get_world_size() > 1 and i + 1 < accum_iter else nullcontext():
+        with network.no_sync() if engine.get_world_size() > 1 and i + 1 < accum_iter else nullcontext():
             with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = network(images)
             loss = criterion(models.at_least_float32(logits), labels)
@@ -291,7 +292,7 @@ def train_step(batches, network, optimizer, scaler, lr, weight_decay, mixing=Non
         torch._foreach_mul_(gradients, (clip_grad / (grad_norm + 1e-6)).clamp(max=1.0))
     if scaler is None:
         # Gradients are the same in all processes, losses are not.
-        utils.step_if(grad_norm.isfinite() & utils.all_reduce_mean(means["loss"].clone()).isfinite(), optimizer)
+        utils.step_if(grad_norm.isfinite() & engine.all_reduce_mean(means["loss"].clone()).isfinite(), optimizer)
     else:
         scaler.step(optimizer)
         scaler.update()
@@ -354,20 +355,20 @@ def new_progress():
 
 def network_state(model):
     """The weights of a `Classifier` with the names of the backbone alone, and `head.`: what timm's ViT reads too."""
-    return utils.without_prefix(model.state_dict(), "backbone.")
+    return engine.without_prefix(model.state_dict(), "backbone.")
 
 
 def load_network(model, state, path):
     """Load weights that `network_state` or the reference named."""
     own = {name.removeprefix("backbone."): name for name in model.state_dict()}
     state = state if isinstance(state, dict) else {}
-    utils.load_strictly(model, {own.get(name.removeprefix("module."), name): value for name, value in state.items()}, path)
+    engine.load_strictly(model, {own.get(name.removeprefix("module."), name): value for name, value in state.items()}, path)
 
 
 def checkpoint_files(folder, best_file):
     """Checkpoints of a run, newest first; the best one last."""
     numbered = sorted(folder.glob("checkpoint-[0-9]*.pth"), key=lambda path: (len(path.name), path.name), reverse=True)
-    found = [folder / utils.CHECKPOINT, folder / utils.PREVIOUS, *numbered, folder / best_file]
+    found = [folder / engine.CHECKPOINT, folder / engine.PREVIOUS, *numbered, folder / best_file]
     return [path for path in found if path.exists()]
 
 
@@ -378,12 +379,12 @@ def run_files(folder, best_file):
 
 
 def read_checkpoint(path):
-    """Content of a file to resume from. Raises `utils.InputError` when an entry is missing or of another kind."""
-    checkpoint = utils.load_checkpoint(path)
+    """Content of a file to resume from. Raises `engine.InputError` when an entry is missing or of another kind."""
+    checkpoint = engine.load_checkpoint(path)
     kinds = {"model": dict, "optimizer": dict, "epoch": int, "progress": dict}
     lacking = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if lacking:
-        raise utils.InputError(f"checkpoint {path} is none of fine-tuning: it lacks {', '.join(lacking)}")
+        raise engine.InputError(f"checkpoint {path} is none of fine-tuning: it lacks {', '.join(lacking)}")
     progress, blank = checkpoint["progress"], new_progress()
 
     def numbers(name, least=-math.inf):
@@ -393,13 +394,13 @@ def read_checkpoint(path):
         all(numbers(name) and progress[name].keys() >= {"top1", "epoch"} for name in ("best", "last") if progress[name]),
         all(isinstance(name, str) for name in progress["bad"]), progress["dropped"] >= 0))
     if not good:
-        raise utils.InputError(f"checkpoint {path}: its entry 'progress' cannot be used")
+        raise engine.InputError(f"checkpoint {path}: its entry 'progress' cannot be used")
     if not (0 <= checkpoint["epoch"] < 2**31 and 0 <= progress["step"] < 2**31 and 1 <= progress["total_batch"] < 2**31):
-        raise utils.InputError(f"checkpoint {path}: its epoch or step is no such number")
+        raise engine.InputError(f"checkpoint {path}: its epoch or step is no such number")
     return checkpoint
 
 
-class OtherTask(utils.InputError):
+class OtherTask(engine.InputError):
     """A checkpoint is of other weights or another task, or finished with other settings: its result must not pass for
     that of these."""
 
@@ -411,13 +412,13 @@ def notes_of_resume(path, checkpoint, args, now):
     if then["weights"] != now["weights"]:
         raise OtherTask(f"checkpoint {path}: its run began with other weights than {args.pretrained_weights}; {advice}")
     task = {"dataset", "train_subset", "subset_seed", "finetune_head_layer", "avgpool_patchtokens"}
-    free = utils.FREE_FLAGS | {"results_dir", "save_ckpt_freq", "on_nonfinite", "eval", "download", "arch", "patch_size",
+    free = engine.FREE_FLAGS | {"results_dir", "save_ckpt_freq", "on_nonfinite", "eval", "download", "arch", "patch_size",
                                "window_size", "pretrained_weights", "data_path", "enable_deepspeed", "log_dir",
                                "nb_classes", "out_dim"}
-    changed = utils.changed_flags(vars(args), checkpoint, free)
+    changed = engine.changed_flags(vars(args), checkpoint, free)
     for name in changed:
         if name in task or checkpoint["epoch"] >= args.epochs:
-            value = utils.printable(getattr(checkpoint["args"], name))
+            value = engine.printable(getattr(checkpoint["args"], name))
             raise OtherTask(f"checkpoint {path}: its run had --{name} {value}; {advice}")
     # Folders may move, and lose a few bad images in the course of a run.
     other_images = then["names"] != now["names"]
@@ -432,7 +433,7 @@ def resume(args, folder, best_file, training):
     """Go on from the checkpoint that `--load_from` means. Returns (its path or None, the epoch to run (on), notes)."""
     path, checkpoint = None, None
     if args.load_from == "auto":
-        path, checkpoint = utils.find_checkpoint(checkpoint_files(folder, best_file), read_checkpoint)
+        path, checkpoint = engine.find_checkpoint(checkpoint_files(folder, best_file), read_checkpoint)
     elif args.load_from:
         path = folder / args.load_from
         checkpoint = read_checkpoint(path)
@@ -447,9 +448,9 @@ def resume(args, folder, best_file, training):
     load_network(training.model, checkpoint["model"], path)
     if training.average is not None:
         load_network(training.average, checkpoint.get("model_ema", checkpoint["model"]), path)
-    utils.load_optimizer(training.optimizer, checkpoint["optimizer"], path)
+    engine.load_optimizer(training.optimizer, checkpoint["optimizer"], path)
     if training.scaler is not None and "scaler" in checkpoint:
-        utils.load_scaler(training.scaler, checkpoint["scaler"], path)
+        engine.load_scaler(training.scaler, checkpoint["scaler"], path)
     training.progress = checkpoint["progress"] | {name: training.progress[name] for name in ("names", "images")}
     return path, checkpoint["epoch"], notes
 
@@ -457,7 +458,7 @@ def resume(args, folder, best_file, training):
 def save(folder, epoch, args, training, names=()):
     """Write `checkpoint.pth`, from which `epoch` is to run (on), and the same as `names`. Returns whether that worked."""
     average, source = training.average, training.source
-    utils.check_finite([training.model] + [average] * (average is not None), epoch)
+    engine.check_finite([training.model] + [average] * (average is not None), epoch)
     # With what the evaluations of frozen weights look for.
     known = {"arch": source.arch, "patch_size": source.patch_size, "window_size": source.window_size,
              "global_crops_size": source.image_size, **source.pixel_stats.as_settings()}
@@ -467,14 +468,14 @@ def save(folder, epoch, args, training, names=()):
         state["model_ema"] = network_state(average)
     if training.scaler is not None:
         state["scaler"] = training.scaler.state_dict()
-    path = folder / utils.CHECKPOINT
+    path = folder / engine.CHECKPOINT
     try:
-        utils.save_atomically(state, path, previous=folder / utils.PREVIOUS)
+        engine.save_atomically(state, path, previous=folder / engine.PREVIOUS)
         for name in names:
             path = folder / name
-            copy_file(folder / utils.CHECKPOINT, path)
+            copy_file(folder / engine.CHECKPOINT, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        utils.not_saved(path, error, args.on_save_error)
+        engine.not_saved(path, error, args.on_save_error)
         return False
     return True
 
@@ -499,12 +500,12 @@ def finetune(args, protocol):
     """Fine-tune, for every key and rate of `args` (of `finetune_parser`); `args` is only read.
 
     Returns {key: {rate: ({"best", "last"}, settings)}}: validations and what they are recorded with. Raises
-    `utils.InputError`, FloatingPointError for numbers that are not finite, and `utils.Preempted` when SIGTERM or SIGUSR1
+    `engine.InputError`, FloatingPointError for numbers that are not finite, and `engine.Preempted` when SIGTERM or SIGUSR1
     came and the run is saved.
     """
     rates = check_args(args)
     with ExitStack() as at_end:
-        signals = utils.StopSignals()
+        signals = engine.StopSignals()
         at_end.callback(signals.restore)
         return run_all(args, protocol, rates, signals, at_end)
 
@@ -520,20 +521,20 @@ def run_all(args, protocol, rates, signals, at_end):
     runs = {(key, rate): Path(args.output_dir) / (key if len(keys) > 1 else "") / (
         f"lr_{rate:g}" if len(rates) > 1 else "") for key in keys for rate in rates}
     if args.load_from not in (None, "auto") and (len(runs) > 1 or args.overwrite):
-        raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key and one --lr, and no --overwrite")
+        raise engine.InputError(f"--load_from {args.load_from}: give one --checkpoint_key and one --lr, and no --overwrite")
     for (key, _), folder in runs.items():
         held = run_files(folder, protocol.best_file.replace("KEY", key))
         if args.overwrite and not args.eval and any(
                 path.is_file() and os.path.exists(args.pretrained_weights) and path.samefile(args.pretrained_weights)
                 for path in held):
-            raise utils.InputError(f"--overwrite would delete {args.pretrained_weights}, the pre-trained weights; choose "
+            raise engine.InputError(f"--overwrite would delete {args.pretrained_weights}, the pre-trained weights; choose "
                                    f"another --output_dir than {folder}")
-        utils.check_output(folder, args.load_from, args.overwrite or args.eval, held)
+        engine.check_output(folder, args.load_from, args.overwrite or args.eval, held)
     read_results(results_folder(args))  # a damaged one, or a wrong key, is not found hours later
     checkpoint = read_weights(args.pretrained_weights)
     sets = read_sets(args)
     if args.nb_classes not in (0, len(sets[0].classes)):
-        raise utils.InputError(f"--nb_classes {args.nb_classes}: {sets[0].name} has {len(sets[0].classes)} classes; leave "
+        raise engine.InputError(f"--nb_classes {args.nb_classes}: {sets[0].name} has {len(sets[0].classes)} classes; leave "
                                "the flag out")
     for key in keys:
         build_network(args, key, checkpoint, len(sets[0].classes))
@@ -602,14 +603,14 @@ def build_loaders(args, sets, source, process):
     """DataLoaders of the training images, by updates (`AugmentedSet`, `UpdateBatches`), and of the validation images."""
     train, val = sets
     common = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0,
-              "worker_init_fn": utils.ignore_signals}
+              "worker_init_fn": engine.ignore_signals}
     dataset = AugmentedSet(train, train_transform(
         source.image_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount,
         args.hflip, source.pixel_stats), args.seed, args.on_bad_image)
     batches = UpdateBatches(len(train), args.batch_size_per_gpu, args.accum_iter, process, args.seed, args.repeated_aug)
     if not batches.steps and not args.eval:
         total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
-        raise utils.InputError(f"{train.name}: {len(train)} images are fewer than one batch of {total_batch}; lower "
+        raise engine.InputError(f"{train.name}: {len(train)} images are fewer than one batch of {total_batch}; lower "
                                f"--batch_size_per_gpu{' or --accum_iter' * (args.accum_iter > 1)}")
     transform = val_transform(source.image_size, args.crop_pct, args.val_interpolation, source.normalize)
     return (DataLoader(dataset, batch_sampler=batches, pin_memory=process.device.type == "cuda",
@@ -624,13 +625,13 @@ def run_one(args, protocol, key, folder, content, sets, process, signals, at_end
     best_file = protocol.best_file.replace("KEY", key)
 
     # ============ network, data, schedules ============
-    amp_dtype = utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    amp_dtype = engine.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     training = build_training(args, key, content, sets[0], amp_dtype, device)
     model = training.model
     train_loader, val_loader = build_loaders(args, sets, training.source, process)
     if args.eval:
         path = folder / (args.load_from if args.load_from not in (None, "auto") else best_file)
-        load_network(model, utils.load_checkpoint(path).get("model"), path)
+        load_network(model, engine.load_checkpoint(path).get("model"), path)
         result = validate(model, val_loader, len(sets[1]), process, amp_dtype)
         if main:
             print(f"{path}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
@@ -646,7 +647,7 @@ def run_one(args, protocol, key, folder, content, sets, process, signals, at_end
     if first_epoch < args.epochs:  # a finished run stays what it was
         progress["total_batch"] = total_batch
     started = first_epoch * steps + progress["step"]
-    utils.check_same_start(started, args.load_from, folder)
+    engine.check_same_start(started, args.load_from, folder)
     settings = shared_settings(args, training.source, *sets) | {"lr": args.lr, "total_batch": progress["total_batch"]} | {
         name: getattr(args, name) for name in RECORDED} | {
         "drop_path": getattr(blocks_of(model.backbone)[-1][-1].drop_path1, "drop_prob", 0.0)}
@@ -660,11 +661,11 @@ def run_one(args, protocol, key, folder, content, sets, process, signals, at_end
 
     writer = None
     if main:
-        if args.load_from == "auto" and path == folder / utils.PREVIOUS:
-            path = path.replace(folder / utils.CHECKPOINT)  # which is damaged: the next save is not to keep that one
-        utils.start_output(folder, first_epoch if path else None, run_files(folder, best_file))
+        if args.load_from == "auto" and path == folder / engine.PREVIOUS:
+            path = path.replace(folder / engine.CHECKPOINT)  # which is damaged: the next save is not to keep that one
+        engine.start_output(folder, first_epoch if path else None, run_files(folder, best_file))
         writer = SummaryWriter(folder / "tf_logs", purge_step=started or None)
-        at_end.callback(utils.close_writer, writer)
+        at_end.callback(engine.close_writer, writer)
         print(f"data: {len(sets[0])} training and {len(sets[1])} validation images of {len(sets[0].classes)} classes, "
               f"{steps} steps an epoch, {args.num_workers} loader processes")
         print(f"network: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; precision: "
@@ -680,7 +681,7 @@ def run_one(args, protocol, key, folder, content, sets, process, signals, at_end
               writer, amp_dtype, process)
     validations = {name: progress[name] for name in ("best", "last")}
     if main:
-        print(f"training time {utils.eta_string(time.time() - start_time)}; {key}, lr {args.lr:g}: best "
+        print(f"training time {engine.eta_string(time.time() - start_time)}; {key}, lr {args.lr:g}: best "
               f"{described(progress['best'])}, last {described(progress['last'])}; {folder / best_file}", flush=True)
         record(args, protocol, key, settings, validations)
     return validations, settings
@@ -691,7 +692,7 @@ def train_all(args, protocol, folder, best_file, training, first_epoch, train_lo
     """The epochs from `first_epoch` on, each with its validation, its line of `log.txt` and its checkpoint."""
     device, main, model, progress = process.device, process.rank == 0, training.model, training.progress
     dataset, sampler = train_loader.dataset, train_loader.batch_sampler
-    network = utils.data_parallel(model, device, args.accum_iter) if process.world_size > 1 else model
+    network = engine.data_parallel(model, device, args.accum_iter) if process.world_size > 1 else model
     mixing = build_mixing(args, len(dataset.images.classes))
     ema = None if training.average is None else ema_pairs(model, training.average)
     saved_at, bad_before = time.monotonic(), set(progress["bad"])
@@ -706,14 +707,14 @@ def train_all(args, protocol, folder, best_file, training, first_epoch, train_lo
         return saved
 
     def next_batch(batches):
-        """(the next batch or None at the end, whether to save). Raises `utils.Preempted` when any process got a signal:
+        """(the next batch or None at the end, whether to save). Raises `engine.Preempted` when any process got a signal:
         the hosts agree before each batch."""
         batch = signals.wait_for(partial(next, batches, None))
         due = main and args.save_every_minutes and time.monotonic() - saved_at > 60 * args.save_every_minutes
-        want = utils.host_reduce(utils.STOP if signals.received else utils.SAVE if due else 0)
-        if want == utils.STOP:
-            raise utils.Preempted
-        return batch, want == utils.SAVE
+        want = engine.host_reduce(engine.STOP if signals.received else engine.SAVE if due else 0)
+        if want == engine.STOP:
+            raise engine.Preempted
+        return batch, want == engine.SAVE
 
     def val_batches():
         batches = iter(val_loader)
@@ -729,9 +730,9 @@ def train_all(args, protocol, folder, best_file, training, first_epoch, train_lo
                         epoch, sampler.steps, amp_dtype, writer, args, process)
             if is_last or epoch % args.val_freq == 0:
                 result = validate(model, val_batches(), len(val_loader.dataset), process, amp_dtype)
-        except utils.Preempted:
-            raise utils.stopped(save_now(epoch), epoch, progress["step"]) from None
-        stats = {f"train_{name}": utils.mean_of(progress, name) for name in progress["totals"]}
+        except engine.Preempted:
+            raise engine.stopped(save_now(epoch), epoch, progress["step"]) from None
+        stats = {f"train_{name}": engine.mean_of(progress, name) for name in progress["totals"]}
         names = []
         if result:
             stats |= {f"test_{name}": value for name, value in result.items()}
@@ -744,9 +745,9 @@ def train_all(args, protocol, folder, best_file, training, first_epoch, train_lo
             names.append(f"checkpoint-{epoch}.pth")
         bad = loader.bad_images(dataset, bad_before, device)
         if main:
-            utils.append_log(folder / "log.txt", stats | {
+            engine.append_log(folder / "log.txt", stats | {
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in model.parameters())})
-            utils.log_scalars(writer, "epoch", stats, epoch)
+            engine.log_scalars(writer, "epoch", stats, epoch)
             print(f"epoch {epoch} done: " + "  ".join(f"{k} {v:.4g}" for k, v in stats.items())
                   + (f"  best {described(progress['best'])}" if result else ""), flush=True)
             if bad:
@@ -761,11 +762,11 @@ def train_epoch(batches, next_batch, save_now, check_images, network, training, 
     """Updates `progress["step"]` to `steps` of an epoch; `training.progress` is kept up to date.
 
     next_batch, save_now: see `train_all`; check_images is called with each log line. When `next_batch` raises
-    `utils.Preempted`, the update whose batches were being fetched has not been made.
+    `engine.Preempted`, the update whose batches were being fetched has not been made.
     """
     device, optimizer, scaler, progress = process.device, training.optimizer, training.scaler, training.progress
     names = ("loss", "grad_norm") if mixing else ("loss", "class_acc", "grad_norm")
-    meters = utils.DeviceMeters(names)
+    meters = engine.DeviceMeters(names)
     waited, since, since_step = 0.0, time.time(), progress["step"]
     network.train()
 
@@ -776,8 +777,8 @@ def train_epoch(batches, next_batch, save_now, check_images, network, training, 
             row["min_lr"] = row["lr"] * optimizer.param_groups[0]["lr_scale"]
             if scaler is not None:
                 row["loss_scale"] = scaler.get_scale()
-            utils.count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
-            utils.log_scalars(writer, "step", row, step)
+            engine.count_step(progress, step, row, scaler is not None, args.on_nonfinite, quiet=not writer)
+            engine.log_scalars(writer, "step", row, step)
         return rows
 
     def save_here():
@@ -813,12 +814,12 @@ def train_epoch(batches, next_batch, save_now, check_images, network, training, 
                 images_s = (it + 1 - since_step) * progress["total_batch"] / elapsed
                 left = (args.epochs * steps - step - 1) * elapsed / (it + 1 - since_step)
                 print(f"epoch {epoch}/{args.epochs} [{it + 1:>{len(str(steps))}}/{steps}]  "
-                      + "  ".join(f"{name} {last[name]:.4f} ({utils.mean_of(progress, name):.4f})" for name in names)
+                      + "  ".join(f"{name} {last[name]:.4f} ({engine.mean_of(progress, name):.4f})" for name in names)
                       + f"  lr {last['lr']:.2e}  {images_s:.1f} images/s  data {100 * waited / elapsed:.0f} %"
-                      f"  memory {utils.peak_memory_mib(device):.0f} MiB  eta {utils.eta_string(left)}", flush=True)
-                utils.log_scalars(writer, "step", {"images_per_second": images_s}, step)
+                      f"  memory {engine.peak_memory_mib(device):.0f} MiB  eta {engine.eta_string(left)}", flush=True)
+                engine.log_scalars(writer, "step", {"images_per_second": images_s}, step)
             waited, since, since_step = 0.0, now, it + 1
             check_images()
-    except utils.Preempted:
+    except engine.Preempted:
         read_meters()
         raise

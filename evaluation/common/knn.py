@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-import utils
+import engine
 
 MAX_BLOCK = 64_000_000  # floats of the largest intermediate: 256 MB
 TESTS = 1024  # test images of a chunk: enough for efficient products of matrices
@@ -12,8 +12,8 @@ def usable_ks(ks, n_train):
     """Those of `ks` that are not above the number of training images; raises InputError when none is left."""
     usable = [k for k in ks if k <= n_train]
     if not usable:
-        raise utils.InputError(f"--nb_knn {' '.join(map(str, ks))}: there are only {n_train} training images")
-    if len(usable) < len(ks) and utils.is_main_process():
+        raise engine.InputError(f"--nb_knn {' '.join(map(str, ks))}: there are only {n_train} training images")
+    if len(usable) < len(ks) and engine.is_main_process():
         left_out = ", ".join(str(k) for k in ks if k > n_train)
         print(f"k = {left_out} left out: there are only {n_train} training images", flush=True)
     return usable

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-import utils
+import engine
 from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from, probability
 from evaluation.common.data import epoch_order
 from evaluation.common.features import feature_dim, frozen_features, pool_features
@@ -249,7 +249,7 @@ def gather_heads(tensor, process):
     if process.world_size == 1:
         return tensor.cpu()
     tensor = tensor.to(process.device)
-    return torch.cat(utils.gather_parts(tensor.flatten())).view(-1, *tensor.shape[1:]).cpu()
+    return torch.cat(engine.gather_parts(tensor.flatten())).view(-1, *tensor.shape[1:]).cpu()
 
 
 def checkpoint_state(heads, configs, scale, epoch, epochs, best, settings, sweep, process):
@@ -282,7 +282,7 @@ def checkpoint_state(heads, configs, scale, epoch, epochs, best, settings, sweep
                     "best_acc_sweep_lr_only": best["best_sweep_lr_only"]["top1"]}
 
 
-class OtherWeights(utils.InputError):
+class OtherWeights(engine.InputError):
     """The heads in a file are of another backbone."""
 
 
@@ -292,7 +292,7 @@ def restore(path, heads, mine, configs, scale, epochs, settings, sweep):
     Raises InputError for a file that is none, and for one of other rates, settings, classes or features; `OtherWeights`
     if those of the backbone were others.
     """
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = engine.load_checkpoint(path)
     stored = checkpoint.get("settings", {})
     if stored.get("weights_hash", settings["weights_hash"]) != settings["weights_hash"]:
         raise OtherWeights(f"checkpoint {path}: trained on features of other weights; --overwrite true starts over")
@@ -301,21 +301,21 @@ def restore(path, heads, mine, configs, scale, epochs, settings, sweep):
              f"scheduler{plural}": list if sweep else dict, "best_acc": (float, int)}
     lacking = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if lacking:
-        raise utils.InputError(f"checkpoint {path}: no checkpoint of {'a sweep' if sweep else 'one head'}, "
+        raise engine.InputError(f"checkpoint {path}: no checkpoint of {'a sweep' if sweep else 'one head'}, "
                                f"it lacks {', '.join(lacking)}")
     optimizers, schedulers = (checkpoint[f"{name}{plural}"] for name in ("optimizer", "scheduler"))
     if not sweep:
         optimizers, schedulers = [optimizers], [schedulers]
     if len(optimizers) != len(configs) or len(schedulers) != len(configs):
-        raise utils.InputError(f"checkpoint {path}: it has {len(optimizers)} heads, this run {len(configs)}")
+        raise engine.InputError(f"checkpoint {path}: it has {len(optimizers)} heads, this run {len(configs)}")
     for config, scheduler in zip(configs, schedulers, strict=True):
         rates, length = scheduler.get("base_lrs"), scheduler.get("T_max")
         if length != epochs or not rates or not math.isclose(rates[0], scale * config.lr, rel_tol=1e-6):
-            raise utils.InputError(f"checkpoint {path}: trained at rate {rates} for {length} epochs, this run is set to "
+            raise engine.InputError(f"checkpoint {path}: trained at rate {rates} for {length} epochs, this run is set to "
                                    f"[{scale * config.lr}] and {epochs}; rates grow with the total batch")
     differ = [name for name, value in stored.items() if name != "data_path" and settings.get(name) != value]
     if differ:
-        raise utils.InputError(f"checkpoint {path}: trained with other {', '.join(differ)}")
+        raise engine.InputError(f"checkpoint {path}: trained with other {', '.join(differ)}")
     names = [f"{i}.module.linear" if sweep else "module.linear" for i in range(len(configs))]
     try:
         slots = ["momentum_buffer" if config.optimizer == "sgd" else "mu" for config in configs]
@@ -324,12 +324,12 @@ def restore(path, heads, mine, configs, scale, epochs, settings, sweep):
                  "weight_momentum": [o["state"][0][slot] for o, slot in zip(optimizers, slots, strict=True)],
                  "bias_momentum": [o["state"][1][slot] for o, slot in zip(optimizers, slots, strict=True)]}
     except (KeyError, TypeError) as error:
-        raise utils.InputError(f"checkpoint {path}: incomplete, it lacks {error}") from error
+        raise engine.InputError(f"checkpoint {path}: incomplete, it lacks {error}") from error
     for name, tensors in found.items():
         own = getattr(heads, name)
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if shapes != {tuple(own.shape[1:])}:
-            raise utils.InputError(f"checkpoint {path}: its heads' {name} has shape {', '.join(map(str, shapes))}, "
+            raise engine.InputError(f"checkpoint {path}: its heads' {name} has shape {', '.join(map(str, shapes))}, "
                                    f"this run's {tuple(own.shape[1:])} (classes, features)")
         for row, tensor in zip(own, tensors[mine], strict=True):
             row.copy_(tensor)
@@ -354,7 +354,7 @@ def add_probe_flags(parser):
     """Flags of every training of heads, on features of whatever kind; returns their group."""
     linear = parser.add_argument_group("linear probe")
     linear.add_argument("--epochs", type=int_from(1), default=100)
-    linear.add_argument("--augment", type=utils.bool_flag, default=True,
+    linear.add_argument("--augment", type=engine.bool_flag, default=True,
                         help="train on random crops; false: on centre crops, whose features are extracted once")
     linear.add_argument("--hflip", type=probability, default=0.5, metavar="P",
                         help="probability of a flip of these random crops; 0 for digits and the like")
@@ -364,7 +364,7 @@ def add_probe_flags(parser):
     linear.add_argument("--load_from", metavar="FILE",
                         help="resume from this file of the output folder: checkpoint_KEY_linear_last.pth, or the best one; "
                              "auto: from the former if it is there; with --overwrite true, if it is of these weights too")
-    linear.add_argument("--overwrite", type=utils.bool_flag, default=False,
+    linear.add_argument("--overwrite", type=engine.bool_flag, default=False,
                         help="start over in an output folder that holds a linear probe")
     return linear
 
@@ -377,18 +377,18 @@ def cosine(epoch, epochs):
 def check_output(folder, key, args):
     """Raise InputError when `folder` cannot take this probe, or its checkpoint is not there."""
     if folder.exists() and not folder.is_dir():
-        raise utils.InputError(f"--output_dir {folder} is a file")
+        raise engine.InputError(f"--output_dir {folder} is a file")
     last = folder / f"checkpoint_{key}_linear_last.pth"
     if args.load_from and args.load_from != "auto":
         if not (folder / args.load_from).is_file():
-            raise utils.InputError(f"--load_from: {folder / args.load_from} does not exist")
+            raise engine.InputError(f"--load_from: {folder / args.load_from} does not exist")
         return
     held = [path.name for path in (last, folder / "log.txt") if path.exists() and path.stat().st_size]
     if not held or (args.overwrite or args.load_from) and last.exists():
         return
     advice = (f"resume with --load_from {last.name}, start over with --overwrite true, or choose" if last.exists()
               else "which is not of this probe; choose")
-    raise utils.InputError(f"--output_dir {folder} already holds {held[0]}; {advice} another folder")
+    raise engine.InputError(f"--output_dir {folder} already holds {held[0]}; {advice} another folder")
 
 
 def prepare_folder(folder, log_file, start):
@@ -396,8 +396,8 @@ def prepare_folder(folder, log_file, start):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise utils.InputError(f"--output_dir {folder}: {error.strerror}") from error
-    utils.trim_log(log_file, start)
+        raise engine.InputError(f"--output_dir {folder}: {error.strerror}") from error
+    engine.trim_log(log_file, start)
 
 
 def log_line(epoch, configs, rate_scale, losses, sweep):
@@ -449,14 +449,14 @@ def run_probe(args, configs, protocol):
     process = start_process(args)
     keys = checkpoint_keys(args.pretrained_weights, args.checkpoint_key)
     if args.load_from not in (None, "auto") and len(keys) > 1:
-        raise utils.InputError(f"--load_from {args.load_from}: give one --checkpoint_key, not {len(keys)}")
+        raise engine.InputError(f"--load_from {args.load_from}: give one --checkpoint_key, not {len(keys)}")
     folders = {key: Path(args.output_dir) / (key if len(keys) > 1 else "") for key in keys}
     for key, folder in folders.items():
         check_output(folder, key, args)
     backbones, _ = read_backbones(args)
     train, val = read_sets(args)
     if args.num_labels and args.num_labels < len(train.classes):
-        raise utils.InputError(f"--num_labels {args.num_labels}: {train.name} has {len(train.classes)} classes")
+        raise engine.InputError(f"--num_labels {args.num_labels}: {train.name} has {len(train.classes)} classes")
     if process.world_size > 1:
         dist.barrier()  # nobody may write before all have looked
     for key, backbone in backbones.items():
@@ -484,7 +484,7 @@ class Progress:
         """Text of images/s and time left after `count` images of `epoch`."""
         done, seconds = (epoch - self.start) * self.n + count, time.time() - self.since
         left = ((self.epochs - self.start) * self.n - done) * seconds / done
-        return f"{done / seconds:.1f} images/s  eta {utils.eta_string(left)}"
+        return f"{done / seconds:.1f} images/s  eta {engine.eta_string(left)}"
 
     def report(self, epoch, count, sums):
         if time.time() - self.said > 10:
@@ -559,9 +559,9 @@ class ProbeRun:
         state = checkpoint_state(self.heads, configs, self.scale, epoch + 1, self.epochs, self.best, self.settings,
                                  self.sweep, self.process)
         if self.is_main:
-            utils.save_atomically(state, self.last_file)
+            engine.save_atomically(state, self.last_file)
             if is_best:
-                utils.save_atomically(state, self.best_file)
+                engine.save_atomically(state, self.best_file)
             with open(self.folder / "log.txt", "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in self.lines)
             print(f"{self.title}, epoch {epoch}/{self.epochs}: {describe(self.now, configs)}; best so far "

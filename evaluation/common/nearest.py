@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-import utils
+import engine
 from evaluation.common.features import extract_features, pool_features
 from loader import IMAGE_FORMATS, BadImage, bad_images, load_rgb, normalize
 
@@ -28,7 +28,7 @@ MAX_BLOCK = 2**26  # similarities at a time: 256 MB
 def folder_images(folder, flag, recursive=False):
     """Sorted paths of the image files in a folder. Raises InputError, naming `flag`, if it is none or has none."""
     def stop(error):
-        raise utils.InputError(f"{flag} {error.filename or folder}: {error.strerror}") from error
+        raise engine.InputError(f"{flag} {error.filename or folder}: {error.strerror}") from error
 
     paths = []
     for place, folders, names in os.walk(os.path.expanduser(folder), onerror=stop, followlinks=False):
@@ -36,7 +36,7 @@ def folder_images(folder, flag, recursive=False):
         if not recursive:
             folders.clear()
     if not paths:
-        raise utils.InputError(f"{flag} {folder}: no image in it ({', '.join(IMG_EXTENSIONS)})")
+        raise engine.InputError(f"{flag} {folder}: no image in it ({', '.join(IMG_EXTENSIONS)})")
     return sorted(paths)
 
 
@@ -45,7 +45,7 @@ def check_files(paths, name):
     with ThreadPoolExecutor(16) as pool:
         missing = [path for path, found in zip(paths, pool.map(os.path.isfile, paths), strict=True) if not found]
     if missing:
-        raise utils.InputError(f"{name}: {len(missing)} of {len(paths)} images are missing, the first one is {missing[0]}")
+        raise engine.InputError(f"{name}: {len(missing)} of {len(paths)} images are missing, the first one is {missing[0]}")
 
 
 def load_tolerantly(path):
@@ -81,7 +81,7 @@ def image_size(path, box=None):
         return size
     left, upper, right, lower = _within(box, size)
     if right <= left or lower <= upper:
-        raise utils.InputError(f"{path}: nothing of the image of {size[0]} x {size[1]} pixels lies in the box {list(box)}")
+        raise engine.InputError(f"{path}: nothing of the image of {size[0]} x {size[1]} pixels lies in the box {list(box)}")
     return right - left, lower - upper
 
 
@@ -202,7 +202,7 @@ def check_sizes(items, sizes, least):
     """Raise InputError for the first image with a side below `least` pixels; sizes: its (width, height) in the network."""
     for (path, _), size in zip(items, sizes, strict=True):
         if min(size) < least:
-            raise utils.InputError(f"{path}: {size[0]} x {size[1]} pixels are too small, the network needs {least}")
+            raise engine.InputError(f"{path}: {size[0]} x {size[1]} pixels are too small, the network needs {least}")
 
 
 def extract_listed(model_fn, items, transform, sizes, batch_size, num_workers, process, name):

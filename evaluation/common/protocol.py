@@ -1,5 +1,5 @@
 """What the protocols on fixed features have in common: from the flags to the features of every checkpoint key."""
-import utils
+import engine
 from evaluation.common.arguments import checkpoint_keys
 from evaluation.common.backbone import load_evaluated_backbone, read_weights
 from evaluation.common.data import image_sets
@@ -8,11 +8,11 @@ from evaluation.common.results import read_results, results_folder
 
 
 def start_process(args):
-    """Join the other processes and print what is run; returns the `utils.Process`. On CUDA: `utils.use_fast_products`."""
-    process = utils.init_process(args.device, args.dist_url)
-    products = utils.use_fast_products(process.device)
+    """Join the other processes and print what is run; returns the `engine.Process`. On CUDA: `engine.use_fast_products`."""
+    process = engine.init_process(args.device, args.dist_url)
+    products = engine.use_fast_products(process.device)
     if process.rank == 0:
-        print(f"{utils.describe_run(args, process)}\nproducts of float32: {products}", flush=True)
+        print(f"{engine.describe_run(args, process)}\nproducts of float32: {products}", flush=True)
     return process
 
 
@@ -53,7 +53,7 @@ def read_vits(args):
                  for key in checkpoint_keys(weights, args.checkpoint_key)}
     for backbone in backbones.values():
         if backbone.arch.startswith("swin"):
-            raise utils.InputError(f"{weights}: {backbone.arch} has no [CLS] token; this evaluation needs a ViT")
+            raise engine.InputError(f"{weights}: {backbone.arch} has no [CLS] token; this evaluation needs a ViT")
     return backbones
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-import utils
+import engine
 
 PRECISIONS = (1, 5, 10)
 # What counts as right, and what is passed over as if it were not in the database.
@@ -90,7 +90,7 @@ def read_file(path):
         return check_ground_truth(json.loads(data) if path.suffix == ".json" else unpickled(data))
     except Exception as error:  # a damaged file can make the readers raise anything
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        raise utils.InputError(f"ground truth {path}: {utils.printable(reason, 160)}") from error
+        raise engine.InputError(f"ground truth {path}: {engine.printable(reason, 160)}") from error
 
 
 def check_ground_truth(content):
@@ -133,7 +133,7 @@ def check_ground_truth(content):
 
 def _name(text):
     if not isinstance(text, str) or not text or text.startswith(".") or any(c in "/\\\0" for c in text):
-        shown = utils.printable(text) if isinstance(text, str) else f"a {type(text).__name__}"
+        shown = engine.printable(text) if isinstance(text, str) else f"a {type(text).__name__}"
         raise ValueError(f"{shown} is no plain name of a file")
     return text
 
@@ -219,7 +219,7 @@ def _array(part):
     if code in ("O", "O8") and isinstance(raw, list):
         return raw
     if code[:1] not in ("i", "u", "f") or code[1:] not in ("1", "2", "4", "8"):
-        raise ValueError(f"it holds an array of type {utils.printable(code)}")
+        raise ValueError(f"it holds an array of type {engine.printable(code)}")
     values = np.frombuffer(_raw(raw), dtype=np.dtype(order + code))
     if values.shape != (shape or (1,)):
         raise ValueError("it holds an array of another size than its data")
@@ -249,9 +249,9 @@ def main():
     try:
         args.json.write_text(json.dumps(content) + "\n")
     except OSError as error:
-        raise utils.InputError(f"{args.json}: cannot be written ({error.strerror})") from error
+        raise engine.InputError(f"{args.json}: cannot be written ({error.strerror})") from error
     print(f"{args.json}: {len(content['imlist'])} images, {len(content['qimlist'])} queries")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

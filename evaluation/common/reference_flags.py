@@ -1,5 +1,5 @@
 """Command lines of the reference's fine-tuning scripts, turned into those of ours."""
-import utils
+import engine
 
 # Names of flags (hyphens count as underscores) and words for what has other ones here.
 RENAMED = {"batch_size": "batch_size_per_gpu", "data_set": "dataset", "finetune": "pretrained_weights",
@@ -59,7 +59,7 @@ def our_words(words):
         if name in ONE_VALUE:
             neutral, advice = ONE_VALUE[name]
             if " ".join(map(_plain, given)) != neutral:
-                raise utils.InputError(f"{' '.join([f'--{name}', *given])}: {advice}")
+                raise engine.InputError(f"{' '.join([f'--{name}', *given])}: {advice}")
         elif name not in NEUTRAL and not (name in ("finetune", "resume") and given == [""]):
             renamed = RENAMED.get(name, name)
             if renamed == "dataset":

@@ -9,7 +9,7 @@ import timm
 import torch
 import torchvision
 
-import utils
+import engine
 
 RECORD = {"protocol": str, "checkpoint": str, "key": str, "settings": dict, "metrics": dict, "time": str, "versions": dict}
 
@@ -36,17 +36,17 @@ def read_results(output_dir):
         records = json.loads(path.read_bytes())
         json.dumps(records, indent=1)  # nested too deep to be written again?
     except OSError as error:
-        raise utils.InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise engine.InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        reason = utils.printable(str(error) or type(error).__name__, 100)
-        raise utils.InputError(f"{path}: damaged, no JSON list of results ({reason}); move it away") from error
+        reason = engine.printable(str(error) or type(error).__name__, 100)
+        raise engine.InputError(f"{path}: damaged, no JSON list of results ({reason}); move it away") from error
     if not isinstance(records, list):
-        raise utils.InputError(f"{path}: damaged, it holds a {type(records).__name__} and no list of results; move it away")
+        raise engine.InputError(f"{path}: damaged, it holds a {type(records).__name__}, no list of results; move it away")
     for number, record in enumerate(records, 1):
         record = record if isinstance(record, dict) else {}
         lacking = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
         if lacking:
-            raise utils.InputError(f"{path}: damaged, its entry {number} lacks {', '.join(lacking)}; move it away")
+            raise engine.InputError(f"{path}: damaged, its entry {number} lacks {', '.join(lacking)}; move it away")
     return records
 
 
@@ -65,9 +65,9 @@ def append_result(output_dir, protocol, checkpoint, key, settings, metrics):
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with utils.locked(path.with_name(f".{path.name}.lock")) as no_locks:
+        with engine.locked(path.with_name(f".{path.name}.lock")) as no_locks:
             if no_locks:
-                utils.say_once(f"warning: {path}: no locks here ({no_locks}); evaluations that end at the same moment may "
+                engine.say_once(f"warning: {path}: no locks here ({no_locks}); evaluations that end at the same moment may "
                                "lose a record")
             records = read_results(output_dir)
             records.append({"protocol": protocol, "checkpoint": str(checkpoint), "key": key, "settings": settings,
@@ -79,4 +79,4 @@ def append_result(output_dir, protocol, checkpoint, key, settings, metrics):
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise utils.InputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise engine.InputError(f"{path}: cannot be written ({error.strerror})") from error

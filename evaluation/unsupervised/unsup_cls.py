@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import engine
 import utils
 from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.clustering import head_clusters, kmeans, load_projection_head
@@ -57,9 +58,9 @@ def evaluate(args, key, backbone, head, sets, features, device):
 def main():
     args = get_args_parser().parse_args()
     if "head" in args.clusters and args.pretrained_weights == "random":
-        raise utils.InputError("--clusters head: random weights have no projection head; use --clusters kmeans")
+        raise engine.InputError("--clusters head: random weights have no projection head; use --clusters kmeans")
     if "head" in args.clusters and (args.n_last_blocks, args.avgpool_patchtokens) != (1, 0):
-        raise utils.InputError("--clusters head: the head reads the last [CLS] token, "
+        raise engine.InputError("--clusters head: the head reads the last [CLS] token, "
                                "so --n_last_blocks must be 1 and --avgpool_patchtokens 0")
     process = start_process(args)
     backbones, checkpoint = read_backbones(args)
@@ -68,7 +69,7 @@ def main():
     for key, head in heads.items():
         outputs = head and len(head.last_layer.weight_v)
         if head and args.out_dim not in (None, outputs):
-            raise utils.InputError(f"--out_dim {args.out_dim}: the head of {key} has {outputs} outputs")
+            raise engine.InputError(f"--out_dim {args.out_dim}: the head of {key} has {outputs} outputs")
     sets = read_sets(args)
     features = extract_features_of_keys(args, backbones, sets[1:], process)
     if process.rank == 0:
@@ -78,4 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    engine.run(main)

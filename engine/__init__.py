@@ -1,0 +1,74 @@
+"""The run engine: everything that surrounds a training step, once. A file a trade."""
+from engine.checkpoint import (
+    SAFE_GLOBALS,
+    backbone_state_dict,
+    load_backbone,
+    load_checkpoint,
+    load_optimizer,
+    load_pretraining,
+    load_scaler,
+    load_strictly,
+    locked,
+    network_state_dict,
+    printable,
+    safetensors_metadata,
+    save_atomically,
+    stored_args,
+    without_prefix,
+)
+from engine.device import (
+    check_compiler,
+    choose_amp_dtype,
+    choose_device,
+    collecting_by_hand,
+    default_workers,
+    peak_flops,
+    peak_memory_mib,
+    random_state,
+    set_random_state,
+    use_fast_products,
+)
+from engine.errors import EXIT_PREEMPTED, InputError, Preempted, one_line
+from engine.flags import bool_flag
+from engine.log import (
+    MAX_DROPPED,
+    DeviceMeters,
+    add_row,
+    append_log,
+    close_writer,
+    count_step,
+    describe_run,
+    eta_string,
+    git_commit,
+    log_scalars,
+    mean_of,
+    say_once,
+    trim_log,
+)
+from engine.process import (
+    Process,
+    all_reduce_mean,
+    data_parallel,
+    gather_parts,
+    get_rank,
+    get_world_size,
+    host_reduce,
+    init_process,
+    is_main_process,
+)
+from engine.stop import StopSignals, ignore_signals, run
+from engine.training import (
+    CHECKPOINT,
+    FREE_FLAGS,
+    PREVIOUS,
+    SAVE,
+    STOP,
+    changed_flags,
+    check_finite,
+    check_output,
+    check_same_start,
+    find_checkpoint,
+    not_saved,
+    start_output,
+    stopped,
+)
