@@ -14,14 +14,14 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DistributedSampler, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -30,6 +30,7 @@ from engine import (
     default_workers,
     get_world_size,
     host_reduce,
+    ignore_signals,
     is_main_process,
     load_checkpoint,
     locked,
@@ -469,6 +470,20 @@ def _as_list(value):
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def check_ratios(ratios, variances):
+    """The variance of each prediction ratio. Raises `InputError`, naming the flags, for values that cannot be."""
+    if len(variances) not in (1, len(ratios)):
+        raise InputError(f"--pred_ratio has {len(ratios)} values and --pred_ratio_var {len(variances)}: give one variance "
+                         "or one per ratio")
+    variances = list(variances) * len(ratios) if len(variances) == 1 else list(variances)
+    for ratio, variance in zip(ratios, variances, strict=True):
+        if not (0 <= variance and 0 <= ratio <= 1):
+            raise InputError(f"--pred_ratio {ratio} --pred_ratio_var {variance}: ratios lie in 0..1")
+        if ratio < variance:
+            raise InputError(f"--pred_ratio {ratio} is below its --pred_ratio_var {variance}")
+    return variances
+
+
 class ImageFolderMask(CheckedImageFolder):
     """Items are (crops, label, masks): the transform's list of tensors, and a bool grid for each global crop.
 
@@ -491,15 +506,8 @@ class ImageFolderMask(CheckedImageFolder):
 
     def __init__(self, root, transform, patch_size, pred_ratio, pred_ratio_var=0, pred_aspect_ratio=(0.3, 1 / 0.3),
                  pred_shape="block", pred_start_epoch=0, seed=0, on_bad_image="skip"):
-        ratios, variances = _as_list(pred_ratio), _as_list(pred_ratio_var)
-        if len(variances) == 1:
-            variances = variances * len(ratios)
-        if len(ratios) != len(variances):
-            counts = f"pred_ratio {len(ratios)}, pred_ratio_var {len(variances)}"
-            raise InputError(f"number of values differs: {counts} (one variance may serve all)")
-        for ratio, variance in zip(ratios, variances, strict=True):
-            if not 0 <= variance <= ratio <= 1:
-                raise InputError(f"pred_ratio {ratio} with pred_ratio_var {variance}: need 0 <= variance <= ratio <= 1")
+        ratios = _as_list(pred_ratio)
+        variances = check_ratios(ratios, _as_list(pred_ratio_var))
         if pred_shape not in ("block", "rand"):
             raise InputError(f"pred_shape {pred_shape!r}: must be block or rand")
         if on_bad_image not in ("error", "skip"):
@@ -886,6 +894,20 @@ def _stack(positions):
     else:
         stacked = default_collate([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
     return stacked.unflatten(0, (len(positions), -1))
+
+
+def data_loader(dataset, batch_size, process, workers, pad_masks, seed):
+    """DataLoader of `Batch`es of `batch_size` images of an `ImageFolderMask`, this process's share of each epoch.
+
+    workers: processes that load, None: as many as there are cores for. pad_masks: see `collate`.
+    """
+    workers = default_workers() if workers is None else workers
+    return DataLoader(
+        dataset, batch_size, num_workers=workers, drop_last=True,
+        sampler=ResumableSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed),
+        collate_fn=partial(collate, pad_masks=pad_masks), pin_memory=process.device.type == "cuda",
+        persistent_workers=workers > 0, worker_init_fn=ignore_signals,
+        generator=torch.Generator())  # its own, or starting workers in mid-epoch would draw from the run's
 
 
 def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32):

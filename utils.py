@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 def cosine_scheduler(base_value, final_value, epochs, steps_per_epoch, warmup_epochs=0, start_warmup_value=0.0):
@@ -17,6 +18,13 @@ def cosine_scheduler(base_value, final_value, epochs, steps_per_epoch, warmup_ep
     i = np.arange(epochs * steps_per_epoch - len(warmup))
     cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * i / max(len(i), 1)))
     return np.concatenate((warmup, cosine))
+
+
+def shortened(flag, length, room, notes):
+    """`length` epochs of a warm-up, or `room` if it is more; `notes` then get a line about it."""
+    if length > room:
+        notes.append(f"warning: --{flag} {length} does not fit into {room} epochs; shortened to {room}")
+    return min(length, room)
 
 
 def temperature_schedule(warmup_value, value, warmup_epochs, epochs, start_epoch=0):
@@ -125,9 +133,36 @@ def clustering_scores(labels, clusters):
             "adjacc": float(counts[rows, columns].sum() / len(labels))}
 
 
+def seed_of(*numbers):
+    """One seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def fix_random_seeds(seed):
     """Seed Python, numpy and torch (all devices)."""
     random.seed(seed)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
 
+
+def build_optimizer(name, parameter_groups, device):
+    """AdamW, SGD (momentum 0.9) or LARS; rates are set at every step.
+
+    SGD and LARS wait for the device before each step, to learn whether it may be made; fused AdamW does not.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameter_groups, lr=0.0, fused=device.type in ("cuda", "cpu"))
+    if name == "sgd":  # not fused: that fails on buffers of which some, a frozen layer's, do not exist yet
+        return torch.optim.SGD(parameter_groups, lr=0.0, momentum=0.9, foreach=True)
+    return LARS(parameter_groups)
+
+
+def in_pieces(cross_entropy, size=2**22):
+    """A `cross_entropy` over rows that takes some `size` logits at a time, and again in the backward pass: beside the
+    logits themselves no [M, K'] is kept."""
+    def summed(student, teacher, weight, *args, **kwargs):
+        rows = max(1, size // student.shape[1])
+        pieces = zip(student.split(rows), teacher.split(rows), weight.split(rows), strict=True)
+        return sum(checkpoint(cross_entropy, *piece, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+                   for piece in pieces)
+    return summed

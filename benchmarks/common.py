@@ -53,11 +53,11 @@ class Ours:
         self.ema = utils.ema_pairs(self.student, self.teacher)
         temps = np.full(1, 0.04)
         self.loss = main_ibot.iBOTLoss(self.args.out_dim, self.args.out_dim, temps, temps).to(device)
-        self.optimizer = main_ibot.build_optimizer("adamw", utils.get_params_groups(self.student), device)
+        self.optimizer = utils.build_optimizer("adamw", utils.get_params_groups(self.student), device)
         amp = args.amp_dtype != "none"
         self.amp_dtype = engine.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
         self.scaler = torch.amp.GradScaler(device.type) if self.amp_dtype == torch.float16 else None
-        recompute = main_ibot.choose_recompute(self.args, args.compile)
+        recompute = models.choose_recompute(self.args.recompute, self.args.grad_checkpointing, args.compile)
         for network in (self.student, self.teacher):
             network.backbone.residual_dtype = self.amp_dtype if self.args.residual_dtype == "amp" else None
             network.backbone.set_grad_checkpointing(recompute == "blocks")
@@ -68,9 +68,10 @@ class Ours:
 
     def step(self, *batches):
         return main_ibot.train_step(
-            batches, self.student, self.teacher, self.ema, self.loss, self.optimizer, self.scaler, 0, lr=5e-4,
-            weight_decay=0.04, momentum=0.996, clip_grad=3.0, freeze_last_layer=False, amp_dtype=self.amp_dtype,
-            accum_iter=len(batches))
+            batches,
+            main_ibot.Training(self.student, self.teacher, self.ema, self.loss,
+                               self.optimizer, self.scaler, self.amp_dtype),
+            0, lr=5e-4, weight_decay=0.04, momentum=0.996, clip_grad=3.0, freeze_last_layer=False, accum_iter=len(batches))
 
 
 class Peak(threading.Thread):

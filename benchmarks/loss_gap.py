@@ -165,7 +165,7 @@ def own_draws(args, switched, epochs):
         plain = oracle.PlainTraining(oracle.plain_copy(student), oracle.plain_copy(teacher), *temps, args.norm_last_layer)
     else:
         ibot_loss = main_ibot.iBOTLoss(args.out_dim, args.out_dim, *temps)
-        optimizer = main_ibot.build_optimizer("adamw", utils.get_params_groups(student), torch.device("cpu"))
+        optimizer = utils.build_optimizer("adamw", utils.get_params_groups(student), torch.device("cpu"))
         ema = utils.ema_pairs(student, teacher)
     means = []
     for epoch, batches in enumerate(epochs):
@@ -183,8 +183,10 @@ def own_draws(args, switched, epochs):
                                        **values))
             else:
                 losses, *_ = main_ibot.train_step(
-                    [batch], student, teacher, ema, ibot_loss, optimizer, None, epoch, freeze_last_layer=frozen,
-                    amp_dtype=torch.bfloat16 if "bfloat16" in switched else None, **values)
+                    [batch],
+                    main_ibot.Training(student, teacher, ema, ibot_loss,
+                                       optimizer, None, torch.bfloat16 if "bfloat16" in switched else None),
+                    epoch, freeze_last_layer=frozen, **values)
                 rows.append([float(losses[name]) for name in ("cls", "patch", "acc")])
         means.append(np.mean(rows, axis=0))
     return np.array(means)

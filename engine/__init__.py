@@ -29,7 +29,18 @@ from engine.device import (
     use_fast_products,
 )
 from engine.errors import EXIT_PREEMPTED, InputError, Preempted, one_line
-from engine.flags import bool_flag
+from engine.files import CHECKPOINT, FREE_FLAGS, PREVIOUS, PROGRESS, Files, check_output, read_checkpoint
+from engine.flags import (
+    SWITCH,
+    add_bad_image_flags,
+    add_compile_flags,
+    add_device_flags,
+    add_precision_flags,
+    add_run_flags,
+    bool_flag,
+    check_numbers,
+    need,
+)
 from engine.log import (
     MAX_DROPPED,
     DeviceMeters,
@@ -45,6 +56,7 @@ from engine.log import (
     say_once,
     trim_log,
 )
+from engine.parts import Named, load_part, state_of
 from engine.process import (
     Process,
     all_reduce_mean,
@@ -57,18 +69,4 @@ from engine.process import (
     is_main_process,
 )
 from engine.stop import StopSignals, ignore_signals, run
-from engine.training import (
-    CHECKPOINT,
-    FREE_FLAGS,
-    PREVIOUS,
-    SAVE,
-    STOP,
-    changed_flags,
-    check_finite,
-    check_output,
-    check_same_start,
-    find_checkpoint,
-    not_saved,
-    start_output,
-    stopped,
-)
+from engine.training import Run

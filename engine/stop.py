@@ -106,7 +106,10 @@ class StopSignals:
                 return None
             raise
 
-    def restore(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """Give the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -8,6 +8,9 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine import InputError
 
 # What compiled code computes again in the backward pass, in settings of torch's partitioner. By default it keeps whatever
 # a matrix product of the backward pass reads, normed tokens and GELU's outputs too.
@@ -103,3 +106,37 @@ class MultiCropWrapper(nn.Module):
             z = self.head.bottleneck(self.backbone.forward_crops(crops, masks, mask_index)[0])
         cls, patches = z.split((len(z) - len(mask_index), len(mask_index)))
         return *self.head.last_layers(cls, patches), mean_logits
+
+
+def flops_per_step(student, teacher, global_crops, cells, masked, local_crops, patch_mean):
+    """Operations of matrix products (a product and a sum are two) of teacher, student and backward pass, each once, also
+    where it is computed again.
+
+    Args:
+        student, teacher: `MultiCropWrapper`s on the meta device.
+        global_crops, local_crops: (how many, their side in pixels).
+        cells: of the mask along a side. masked: share of them that is.
+        patch_mean: whether the teacher's backbone computes all patches for their mean.
+    """
+    student, teacher = student.eval(), teacher.eval()
+    with torch.device("meta"):
+        crops, others = (torch.empty(n, 3, side, side) if n else None for n, side in (global_crops, local_crops))
+        masks = torch.empty(global_crops[0], cells, cells, dtype=torch.bool)
+        index = torch.empty(round(masks.numel() * masked), dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():  # the wrapper's forward, but for the mean of the patches: autocast knows no meta device
+            wanted = None if teacher.head.has_batch_norm or patch_mean else index
+            z = teacher.head.bottleneck(teacher.backbone.forward_crops([crops], wanted=wanted)[0])
+            teacher.head.last_layers(z[:global_crops[0]], z[:len(index)])
+        student_cls, student_patch, _ = student(crops, index, masks=masks, local_crops=others)
+        (student_cls.sum() + student_patch.sum()).backward()
+    return counter.get_total_flops()
+
+
+def choose_recompute(recompute, grad_checkpointing, compiled):
+    """The key of RECOMPUTE that the flags mean. Raises `InputError` for one that needs the compiler."""
+    if grad_checkpointing and recompute not in (None, "blocks"):
+        raise InputError(f"--grad_checkpointing true is --recompute blocks, not {recompute}: give one of them")
+    if recompute in ("elementwise", "half") and not compiled:
+        raise InputError(f"--recompute {recompute} is left to the compiler: add --compile true, or take blocks")
+    return recompute or ("blocks" if grad_checkpointing else "elementwise" if compiled else "none")

@@ -184,7 +184,7 @@ def side_by_side(student, teacher, batches, schedules, steps_per_epoch, clip_gra
                           norm_last_layer=not student.head.last_layer.weight_g.requires_grad)
     K = student.head.last_layer.weight_g.shape[0]
     ibot_loss = main_ibot.iBOTLoss(K, K, schedules["temp"], schedules["patch_temp"]).to(student.backbone.cls_token)
-    optimizer = main_ibot.build_optimizer("adamw", utils.get_params_groups(student), torch.device("cpu"))
+    optimizer = utils.build_optimizer("adamw", utils.get_params_groups(student), torch.device("cpu"))
     ema, draw, drawn = utils.ema_pairs(student, teacher), student.backbone._drop_scales, []
 
     def recorded(shapes, device):
@@ -199,8 +199,9 @@ def side_by_side(student, teacher, batches, schedules, steps_per_epoch, clip_gra
         epoch, B = i // steps_per_epoch, len(batch.labels)
         values = {"lr": schedules["lr"][i], "weight_decay": schedules["wd"][i], "momentum": schedules["momentum"][i],
                   "clip_grad": clip_grad}
-        means, *_ = main_ibot.train_step([batch], student, teacher, ema, ibot_loss, optimizer, None, epoch,
-                                         freeze_last_layer=epoch < freeze_last_layer, **values)
+        means, *_ = main_ibot.train_step(
+            [batch], main_ibot.Training(student, teacher, ema, ibot_loss, optimizer),
+            epoch, freeze_last_layer=epoch < freeze_last_layer, **values)
         yield [float(means[name]) for name in ("cls", "patch", "acc")], plain.step(
             batch.global_crops, () if batch.local_crops is None else batch.local_crops, batch.masks, epoch,
             freeze=epoch < freeze_last_layer, drops=drawn.pop().to(batch.global_crops.dtype).split(B, dim=2) if drawn else None,

@@ -34,7 +34,7 @@ def steps(rank, world_size, accum_iter, norm, folder):
     temps = np.full(1, 0.05)
     ibot_loss = main_ibot.iBOTLoss(32, 32, temps, temps)
     # SGD with momentum: Adam would scale the rounding noise of gradients that are zero up to whole steps.
-    optimizer = main_ibot.build_optimizer("sgd", utils.get_params_groups(student), torch.device("cpu"))
+    optimizer = utils.build_optimizer("sgd", utils.get_params_groups(student), torch.device("cpu"))
     B, share = 4, 4 // world_size // accum_iter
     meters = engine.DeviceMeters(main_ibot.METERS)
     for step in range(3):
@@ -50,8 +50,9 @@ def steps(rank, world_size, accum_iter, norm, folder):
             weight = (1 / m.sum(-1, keepdim=True).clamp(min=1) / (2 * share)).expand(2, share, 16)[m]
             batches.append(loader.Batch(crops[:, mine], local[:, mine], torch.zeros(share), masks[:, mine],
                                         m.flatten().nonzero().flatten(), weight))
-        losses, *_ = main_ibot.train_step(iter(batches), ddp, teacher, ema, ibot_loss, optimizer, None, 0, lr=0.1, weight_decay=0.1,
-                                            momentum=0.9, clip_grad=3.0, freeze_last_layer=False, accum_iter=accum_iter)
+        losses, *_ = main_ibot.train_step(
+            iter(batches), main_ibot.Training(ddp, teacher, ema, ibot_loss, optimizer),
+            0, lr=0.1, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=False, accum_iter=accum_iter)
         meters.add(*losses.values())
     rows = meters.read()
     if rank == 0:
@@ -101,7 +102,7 @@ def test_gradient_of_a_sum_over_processes(tmp_path):
 
 def test_processes_on_gpus_name_their_device(monkeypatch):
     calls = []
-    monkeypatch.setattr(utils, "choose_device", lambda name, local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(engine.process, "choose_device", lambda name, local_rank: torch.device("cuda", local_rank))
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: calls.append((backend, kwargs)))
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():

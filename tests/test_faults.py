@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import collapse
 import engine
 import loader
 import main_ibot
@@ -96,7 +97,7 @@ def test_stop_amid_accumulation(digits, tmp_path, after_batches):
 
 def test_save_by_the_clock(digits, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(main_ibot, "save", lambda *args: saved.append((args[1], args[-1]["step"])) or True)
+    monkeypatch.setattr(engine.Run, "save", lambda run, *_: saved.append((run.epoch, run.step)) or True)
     train("--data_path", digits / "train", "--output_dir", tmp_path, "--epochs", 1, "--save_every_minutes", 1e-9)
     assert saved == [(0, step) for step in range(7)] + [(1, 0)]
 
@@ -397,8 +398,9 @@ def test_non_finite_step_is_dropped(optimizer, norm, digits, tmp_path, monkeypat
     states = []
     step = main_ibot.train_step
 
-    def recording(batches, student, teacher, ema, ibot_loss, opt, *args, **kwargs):
-        result = step(batches, student, teacher, ema, ibot_loss, opt, *args, **kwargs)
+    def recording(batches, training, *args, **kwargs):
+        result = step(batches, training, *args, **kwargs)
+        student, teacher, _, ibot_loss, opt, *_ = training
         tensors = [*student.parameters(), *ibot_loss.buffers(), *(v for s in opt.state.values() for v in s.values() if torch.is_tensor(v))]
         assert all(x.isfinite().all() for x in [*tensors, *teacher.parameters(), *student.buffers(), *teacher.buffers()])
         states.append([x.detach().clone() for x in tensors])
@@ -447,7 +449,7 @@ def test_collapse_signs_equal_plain_ones():
     s_cls, s_patch, t_cls, t_patch = (torch.randn(n, 8, dtype=torch.float64) for n in (G * B, 5, G * B, 5))
     weight = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.0], dtype=torch.float64)
     losses = module(s_cls, s_patch, t_cls, t_patch, None, weight, G, 0)
-    signs = module.collapse_signs(t_cls, t_patch, weight, losses, 0)
+    signs = collapse.signs(module, t_cls, t_patch, weight, losses, 0)
     p = ((t_cls - module.center) / 0.05).softmax(-1)
     q = (s_cls / 0.1).log_softmax(-1)
     kl = sum((p[g * B:(g + 1) * B] * (p[g * B:(g + 1) * B].log() - q[(1 - g) * B:(2 - g) * B])).sum(-1).mean() for g in range(2)) / 2
@@ -461,11 +463,11 @@ def test_collapse_signs_equal_plain_ones():
 
 def test_collapse_is_said_in_words(digits, tmp_path, capsys):
     healthy = {"cls_entropy": 3.0, "patch_entropy": 3.0, "cls_used": 0.5, "patch_used": 0.5, "cls_std": 0.05}
-    assert main_ibot.collapse_warnings(healthy, 64, 64, 0.04) == {}
+    assert collapse.warnings(healthy, 64, 64, 0.04) == {}
     for change, words in (({"cls_entropy": np.log(64)}, "[CLS] targets are all but uniform"), ({"cls_entropy": np.log(64)}, "lower --center_momentum"),
                           ({"patch_entropy": np.log(64)}, "lower --teacher_patch_temp"),
                           ({"cls_used": 1 / 64}, "one of 64 [CLS] clusters"), ({"cls_std": 1e-6}, "hardly differ between images")):
-        (sign, warning), = main_ibot.collapse_warnings(healthy | change, 64, 64, 0.04).items()
+        (sign, warning), = collapse.warnings(healthy | change, 64, 64, 0.04).items()
         assert words in warning and [sign] == list(change)
     # A run that collapses: the teacher's targets are hardly sharpened at all.
     train("--data_path", digits / "train", "--output_dir", tmp_path, "--warmup_teacher_temp", 50, "--teacher_temp", 50)

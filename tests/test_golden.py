@@ -92,8 +92,8 @@ def test_golden_step(case, monkeypatch):
 
     for i in range(steps):
         losses, *_ = main_ibot.train_step(
-            [batch(B, L, cells, i)], student, teacher, ema, ibot_loss, optimizer, None, 2, lr=1e-3, weight_decay=0.04,
-            momentum=0.996, clip_grad=3.0, freeze_last_layer=False)
+            [batch(B, L, cells, i)], main_ibot.Training(student, teacher, ema, ibot_loss, optimizer),
+            2, lr=1e-3, weight_decay=0.04, momentum=0.996, clip_grad=3.0, freeze_last_layer=False)
         for key in ("cls", "patch", "loss"):
             near(losses[key], golden[f"{key}_{i}"], 1e-5, 1e-4)
         near(ibot_loss.center.flatten(), golden[f"center_{i}"], 1e-5, 1e-4)
@@ -127,8 +127,8 @@ def test_bfloat16_stays_near(case, residual_dtype):
     optimizer, ema = torch.optim.AdamW(utils.get_params_groups(student), lr=0.0, fused=True), utils.ema_pairs(student, teacher)
     for i in range(2):
         losses, *_ = main_ibot.train_step(
-            [batch(B, L, cells, i)], student, teacher, ema, ibot_loss, optimizer, None, 2, lr=1e-3, weight_decay=0.04,
-            momentum=0.996, clip_grad=3.0, freeze_last_layer=False, amp_dtype=torch.bfloat16)
+            [batch(B, L, cells, i)], main_ibot.Training(student, teacher, ema, ibot_loss, optimizer, None, torch.bfloat16),
+            2, lr=1e-3, weight_decay=0.04, momentum=0.996, clip_grad=3.0, freeze_last_layer=False)
         for key in ("cls", "patch"):
             near(losses[key], golden[f"{key}_{i}"], 0.0, 1e-3 if i == 0 else 4e-3)
 

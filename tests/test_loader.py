@@ -168,8 +168,8 @@ def test_one_variance_serves_all_ratios(folder):
 @pytest.mark.parametrize(("options", "words"), [
     ({"pred_ratio": [0, 0.3], "pred_ratio_var": [0, 0.1, 0.2]}, "pred_ratio_var"),
     ({"pred_ratio": 0.3, "pred_ratio_var": [0, 0.1]}, "pred_ratio_var"),
-    ({"pred_ratio": [0, 0.3], "pred_ratio_var": [0, 0.4]}, "0.3 with pred_ratio_var 0.4"),
-    ({"pred_ratio": [0, 0.3], "pred_ratio_var": 0.2}, "0 with pred_ratio_var 0.2"),
+    ({"pred_ratio": [0, 0.3], "pred_ratio_var": [0, 0.4]}, "0.3 is below its --pred_ratio_var 0.4"),
+    ({"pred_ratio": [0, 0.3], "pred_ratio_var": 0.2}, "0 is below its --pred_ratio_var 0.2"),
     ({"pred_ratio": 30, "pred_ratio_var": 0}, "pred_ratio 30"),
     ({"pred_shape": "blob"}, "blob"),
     ({"on_bad_image": "hide"}, "hide"),

@@ -114,8 +114,9 @@ def test_sparse_equals_dense(name):
 
     groups = utils.get_params_groups(student)
     optimizer = torch.optim.SGD(groups, lr=0.0)
-    losses, *_ = main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None,
-                                        epoch=1, lr=0.0, weight_decay=0.0, momentum=1.0, clip_grad=0, freeze_last_layer=False)
+    losses, *_ = main_ibot.train_step(
+        [batch], main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer),
+        epoch=1, lr=0.0, weight_decay=0.0, momentum=1.0, clip_grad=0, freeze_last_layer=False)
     assert abs(losses["cls"] - cls) < 1e-10 and abs(losses["patch"] - patch) < 1e-10
     assert abs(losses["loss"] - (lambdas[0] * cls + lambdas[1] * patch)) < 1e-10
     assert (ibot_loss.center - center).abs().max() < 1e-10 and (ibot_loss.center2 - center2).abs().max() < 1e-10
@@ -164,9 +165,8 @@ def test_no_patch_loss_leaves_patches_out():
     student.head.last_layer2.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     before = ibot_loss.center2.clone()
     losses, *_ = main_ibot.train_step(
-        [make_batch(2, 1, some_masks(2))], student, teacher, utils.ema_pairs(student, teacher), ibot_loss,
-        torch.optim.SGD(utils.get_params_groups(student), lr=0.0), None, epoch=0, lr=0.1, weight_decay=0.0, momentum=1.0,
-        clip_grad=3.0, freeze_last_layer=False)
+        [make_batch(2, 1, some_masks(2))], main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, torch.optim.SGD(utils.get_params_groups(student), lr=0.0)),
+        epoch=0, lr=0.1, weight_decay=0.0, momentum=1.0, clip_grad=3.0, freeze_last_layer=False)
     assert seen == [0] and losses["patch"] == 0 and torch.equal(ibot_loss.center2, before)
     assert all(p.grad is not None for p in student.parameters())
 
@@ -179,9 +179,9 @@ def test_only_wanted_tokens_reach_the_last_layer():
         for layer in ("mlp", "last_layer", "last_layer2"):
             getattr(network.head, layer).register_forward_hook(
                 lambda m, inputs, out, key=(who, layer): rows.setdefault(key, []).append(inputs[0].shape[:-1].numel()))
-    main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss,
-                         torch.optim.SGD(utils.get_params_groups(student), lr=0.0), None, epoch=0, lr=0.0, weight_decay=0.0,
-                         momentum=1.0, clip_grad=0, freeze_last_layer=False)
+    main_ibot.train_step(
+        [batch], main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, torch.optim.SGD(utils.get_params_groups(student), lr=0.0)),
+        epoch=0, lr=0.0, weight_decay=0.0, momentum=1.0, clip_grad=0, freeze_last_layer=False)
     M = len(batch.mask_index)
     assert rows["student", "mlp"] == [5 * B + M]
     assert rows["student", "last_layer"] == [5 * B] and rows["student", "last_layer2"] == [M]
@@ -230,8 +230,9 @@ def test_freezing_holds_the_last_layer_only():
         student, teacher, ibot_loss = build(2, 1)
         before = {name: p.detach().clone() for name, p in student.named_parameters()}
         optimizer = torch.optim.AdamW(utils.get_params_groups(student), lr=0.0, fused=True)
-        main_ibot.train_step([make_batch(2, 1, some_masks(2))], student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer,
-                             None, epoch=0, lr=0.1, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=freeze)
+        main_ibot.train_step(
+            [make_batch(2, 1, some_masks(2))], main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer),
+            epoch=0, lr=0.1, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=freeze)
         for name, p in student.named_parameters():
             assert torch.equal(p, before[name]) == (freeze and "last_layer" in name), name
 

@@ -203,11 +203,12 @@ def test_every_arch_takes_a_step(arch):
                          torch.full((len(index),), 1 / (4 * cells)))
     temps = np.full(1, 0.05)
     ibot_loss = main_ibot.iBOTLoss(32, 32, temps, temps)
-    optimizer = main_ibot.build_optimizer("sgd" if large else "adamw", utils.get_params_groups(student), torch.device("cpu"))
+    optimizer = utils.build_optimizer("sgd" if large else "adamw", utils.get_params_groups(student), torch.device("cpu"))
     embed = student.backbone.masked_embed
     for _ in range(1 if large else 2):
-        losses, *_ = main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None, 0,
-                                            lr=0.1, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=True)
+        losses, *_ = main_ibot.train_step(
+            [batch], main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer),
+            0, lr=0.1, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=True)
     assert all(torch.isfinite(v) and v > 0 for name, v in losses.items() if name != "acc")
     assert embed.any() and embed.shape == (1, {"t": 96, "s": 96, "b": 128, "l": 192}[arch[5]] if swin else student.backbone.embed_dim)
 
@@ -396,9 +397,9 @@ def test_mixed_precision_is_on_where_asked(monkeypatch):
     ibot_loss = main_ibot.iBOTLoss(64, 64, [0.04], [0.04])
     batch = loader.Batch(torch.randn(2, 2, 3, 32, 32), None, torch.zeros(2), torch.ones(2, 2, 4, 4, dtype=torch.bool),
                          torch.arange(64), torch.full((64,), 1 / 64))
-    losses, *_ = main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss,
-                                        main_ibot.build_optimizer("adamw", utils.get_params_groups(student), cpu), None, 0, lr=0.1,
-                                        weight_decay=0.0, momentum=0.9, clip_grad=3.0, freeze_last_layer=False, amp_dtype=torch.bfloat16)
+    losses, *_ = main_ibot.train_step(
+        [batch], main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, utils.build_optimizer("adamw", utils.get_params_groups(student), cpu), None, torch.bfloat16),
+        0, lr=0.1, weight_decay=0.0, momentum=0.9, clip_grad=3.0, freeze_last_layer=False)
     assert seen["logits"] is torch.bfloat16 and losses["loss"].dtype == ibot_loss.center.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in student.parameters())
 
@@ -438,10 +439,11 @@ def test_operations_are_those_of_a_step(flags):
     batch = loader.Batch(torch.randn(G, B, 3, size, size), local, torch.zeros(B), masks.expand(G, B, -1, -1),
                          torch.arange(masked), torch.full((masked,), 1 / masked))
     ibot_loss = main_ibot.iBOTLoss(64, 64, [0.04], [0.04], lambda2=args.lambda2, patch_centering=args.patch_centering)
-    optimizer = main_ibot.build_optimizer("adamw", utils.get_params_groups(student), torch.device("cpu"))
+    optimizer = utils.build_optimizer("adamw", utils.get_params_groups(student), torch.device("cpu"))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        main_ibot.train_step([batch], student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None, 0, lr=0.1,
-                             weight_decay=0.0, momentum=0.9, clip_grad=3.0, freeze_last_layer=False)
+        main_ibot.train_step(
+            [batch], main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer),
+            0, lr=0.1, weight_decay=0.0, momentum=0.9, clip_grad=3.0, freeze_last_layer=False)
     assert main_ibot.flops_per_image(args) == pytest.approx(counter.get_total_flops() / B, rel=0.001)
 
 

@@ -23,9 +23,9 @@ def run(batches, networks, steps=1, **kwargs):
     optimizer = torch.optim.SGD(utils.get_params_groups(student), lr=0.0)
     for step in range(steps):
         torch.manual_seed(step)
-        losses, *_ = main_ibot.train_step(batches, student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, None,
-                                            epoch=1, lr=0.01, weight_decay=0.1, momentum=0.9, clip_grad=3.0,
-                                            freeze_last_layer=False, **kwargs)
+        losses, *_ = main_ibot.train_step(
+            batches, main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer),
+            epoch=1, lr=0.01, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=False, **kwargs)
     return {**losses, **dict(ibot_loss.named_buffers()), **{f"grad of {n}": p.grad for n, p in student.named_parameters()},
             **{f"student {n}": p.detach() for n, p in student.named_parameters()},
             **{f"teacher {n}": p for n, p in teacher.named_parameters()}}
@@ -110,7 +110,7 @@ def test_packed_drop_path_follows_the_rule():
 def test_pieces_of_the_patch_loss(hard):
     args = [torch.randn(10, 7, dtype=torch.float64) for _ in range(2)] + [torch.rand(10, dtype=torch.float64), torch.randn(7).double(), 0.1, 0.05]
     gradients, values = [], []
-    for loss in (main_ibot.patch_cross_entropy, main_ibot.in_pieces(main_ibot.patch_cross_entropy, size=21)):
+    for loss in (main_ibot.patch_cross_entropy, utils.in_pieces(main_ibot.patch_cross_entropy, size=21)):
         student = args[0].clone().requires_grad_()
         values.append(loss(student, *args[1:], hard=hard))
         values[-1].backward()
@@ -230,7 +230,8 @@ def test_compiled_step_is_the_same_and_compiles_once():
 
 def test_recompute_flags():
     def choose(*words, compiled=True):
-        return main_ibot.choose_recompute(main_ibot.get_args_parser().parse_args(words), compiled)
+        args = main_ibot.get_args_parser().parse_args(words)
+        return models.choose_recompute(args.recompute, args.grad_checkpointing, compiled)
     assert choose() == "elementwise" and choose(compiled=False) == "none"
     assert choose("--grad_checkpointing", "true") == choose("--recompute", "blocks", compiled=False) == "blocks"
     with pytest.raises(engine.InputError, match="--recompute half is left to the compiler"):
