@@ -32,6 +32,7 @@ import loader
 import models
 import pictures
 import utils
+from images import IMAGENET, PixelStats, check_pixel_stats, folder_stats, stored_pixel_stats
 
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
 SIGNS = ("cls_entropy", "cls_kl", "cls_std", "patch_entropy", "patch_cross", "patch_share", "patch_used")
@@ -179,14 +180,14 @@ def augment_of(args):
 
 
 def pixel_stats_of(args, path, checkpoint, dataset, device):
-    """The `loader.PixelStats` of a run; all processes call it. `auto` takes those of a `checkpoint` that is resumed."""
+    """The `images.PixelStats` of a run; all processes call it. `auto` takes those of a `checkpoint` that is resumed."""
     if args.mean is not None:
-        return loader.PixelStats(tuple(args.mean), tuple(args.std))
+        return PixelStats(tuple(args.mean), tuple(args.std))
     if args.pixel_stats == "imagenet":
-        return loader.IMAGENET
+        return IMAGENET
     if checkpoint is not None:
-        return loader.stored_pixel_stats(checkpoint, path)
-    return loader.folder_stats(dataset, device)
+        return stored_pixel_stats(checkpoint, path)
+    return folder_stats(dataset, device)
 
 
 def with_resolved(args, augment, stats):
@@ -223,7 +224,7 @@ def check_args(args):
     need((args.mean is None) == (args.std is None), "--mean and --std go together: give both or none")
     need(args.mean is None or args.pixel_stats != "auto", "--pixel_stats auto and --mean: give one of them")
     if args.mean is not None:
-        loader.check_pixel_stats(loader.PixelStats(args.mean, args.std))
+        check_pixel_stats(PixelStats(args.mean, args.std))
     need(args.global_crops_number > 1 or (args.local_crops_number and args.lambda1),
          "the [CLS] loss needs two crops: raise --global_crops_number or --local_crops_number")
     need(args.lambda1 + args.lambda2 > 0, "--lambda1 and --lambda2 are both 0: there is no loss")
@@ -616,7 +617,8 @@ def pretrain(args, signals, at_end):
     def save_now(epoch, progress):
         """Save the run as it is before update `progress["step"]` of `epoch`; all processes call it. False if that fails."""
         nonlocal saved_at
-        own = {"total_batch": total_batch, "folder": len(dataset), "bad": loader.bad_images(dataset, bad_before, device),
+        own = {"total_batch": total_batch, "folder": len(dataset),
+               "bad": engine.gather_bad_images(dataset, bad_before, device),
                "random": [part.cpu() for part in engine.gather_parts(engine.random_state(device).to(device))]}
         if main_process:
             saved = save(output_dir, epoch, args, student, teacher, optimizer, ibot_loss, scaler, progress | own)
@@ -635,12 +637,12 @@ def pretrain(args, signals, at_end):
             except (RuntimeError, ValueError, IndexError, OverflowError) as error:
                 raise engine.InputError(f"checkpoint {path}: its random state cannot be used ({error})") from error
         batches = loader.device_batches(data_loader, device, photometry, pixel_stats, amp_dtype or torch.float32)
-        check = partial(loader.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
+        check = partial(engine.check_images, dataset, bad_before, args.max_bad_images, output_dir, device)
         stats = train_one_epoch(
             ddp_student, teacher, ema, ibot_loss, optimizer, scaler, partial(signals.wait_for, partial(next, batches)),
             steps_per_epoch, schedules, epoch, progress, wanted, save_now, check, amp_dtype, load, writer, args, device)
         gc.collect()
-        bad = loader.bad_images(dataset, bad_before, device)
+        bad = engine.gather_bad_images(dataset, bad_before, device)
         if main_process:
             write_logs(output_dir, epoch, stats, writer, bad)
             print(f"epoch {epoch} done: " + "  ".join(f"{k} {v:.4g}" for k, v in stats.items()))
@@ -649,7 +651,7 @@ def pretrain(args, signals, at_end):
             warned = signs.keys()
             if bad:
                 print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(bad[:10])}; all: "
-                      f"{output_dir / loader.BAD_IMAGES}")
+                      f"{output_dir / engine.BAD_IMAGES}")
             print(end="", flush=True)
         progress = new_progress() | {"dropped": progress["dropped"]}
         save_now(epoch + 1, progress)
@@ -862,7 +864,7 @@ def write_logs(output_dir, epoch, stats, writer, bad):
     engine.log_scalars(writer, "epoch", stats, epoch)
     engine.append_log(output_dir / "log.txt", {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
     if bad:
-        loader.write_bad_images(output_dir, bad)
+        engine.write_bad_images(output_dir, bad)
 
 
 def collapse_warnings(stats, out_dim, patch_out_dim, teacher_temp):
@@ -895,7 +897,7 @@ def checkpoint_files(output_dir):
 
 def run_files(output_dir):
     """What a run writes into its folder, as far as it is there."""
-    others = (output_dir / name for name in ("log.txt", "tf_logs", pictures.CROPS, loader.BAD_IMAGES))
+    others = (output_dir / name for name in ("log.txt", "tf_logs", pictures.CROPS, engine.BAD_IMAGES))
     return checkpoint_files(output_dir) + [path for path in others if path.exists()]
 
 

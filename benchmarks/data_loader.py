@@ -32,6 +32,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine
 import loader
+from images import IMAGENET_MEAN, IMAGENET_STD, load_rgb
 
 PRED_RATIO, PRED_RATIO_VAR = (0, 0.3), (0, 0.2)
 
@@ -99,7 +100,7 @@ def plain_crop(size, scale, blur_p, solarize_p):
         Blur(blur_p),
         Solarize(solarize_p),
         transforms.ToTensor(),
-        transforms.Normalize(loader.IMAGENET_MEAN, loader.IMAGENET_STD),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
     ])
 
 
@@ -237,7 +238,7 @@ def stages(dataset, batch, batches):
         samples = []
         for index in range(step * batch, (step + 1) * batch):
             path, label = dataset.samples[index % len(dataset)]
-            image = timed("decode", loader.load_rgb, path)
+            image = timed("decode", load_rgb, path)
             pixels = timed("to an array", np.asarray, image)
             boxes, turns, rows = timed("draws", augmentation.draw, *image.size)
             crops = timed("crops", augmentation.cut, pixels, boxes, [(False, False, 0)] * len(boxes))
