@@ -1,8 +1,46 @@
 """What is done to the colours and turns of crops, and what their pixels are normalised with: flags, presets, checks."""
 import argparse
+from typing import NamedTuple
 
-from engine import need
-from loader import AUGMENT_PRESETS, IMAGENET, PixelStats, check_augment, check_pixel_stats, folder_stats, stored_pixel_stats
+from engine import InputError, need
+from images import IMAGENET, PixelStats, check_pixel_stats, folder_stats, stored_pixel_stats
+
+
+class Augment(NamedTuple):
+    """What is done to crops: probabilities; of three, for the first global crop, other global crops and local crops.
+
+    rotate90: of a turn by 0, 90, 180 or 270 degrees, each as likely. color_jitter: a probability, then the largest changes
+    of brightness, contrast, saturation (factors of 1 minus to 1 plus that) and hue (in turns). These are the reference's.
+    """
+    hflip: float = 0.5
+    vflip: float = 0.0
+    rotate90: float = 0.0
+    color_jitter: tuple[float, ...] = (0.8, 0.4, 0.4, 0.2, 0.1)
+    grayscale: float = 0.2
+    blur: tuple[float, ...] = (1.0, 0.1, 0.5)
+    solarize: tuple[float, ...] = (0.0, 0.2, 0.0)
+
+
+NEVER = (0.0, 0.0, 0.0)
+AUGMENT_PRESETS = {
+    "photos": Augment(),
+    "grey": Augment(color_jitter=(0.8, 0.4, 0.4, 0.0, 0.0), grayscale=0.0, solarize=NEVER),
+    "overhead": Augment(vflip=0.5, rotate90=1.0, color_jitter=(0.8, 0.4, 0.4, 0.2, 0.05), grayscale=0.1, solarize=NEVER),
+    "none": Augment(hflip=0.0, color_jitter=(0.0,) * 5, grayscale=0.0, blur=NEVER, solarize=NEVER),
+}
+
+
+def check_augment(augment):
+    """Raise `InputError`, naming the flag, for numbers of an `Augment` that are too few or none that can be."""
+    for name, value, like in zip(Augment._fields, augment, Augment(), strict=True):
+        values, count = (value, len(like)) if isinstance(like, tuple) else ((value,), 1)
+        if len(values) != count:
+            what = "P B C S H" if name == "color_jitter" else "for the first global, other global and local crops"
+            raise InputError(f"--{name} takes {count} numbers ({what}), not {len(values)}")
+        if not all(0 <= v <= 1 for v in values):
+            raise InputError(f"--{name} must lie in 0..1: {' '.join(map(str, values))}")
+    if augment.color_jitter[4] > 0.5:
+        raise InputError(f"--color_jitter: its last number, the hue, must lie in 0..0.5: {augment.color_jitter[4]}")
 
 
 def add_augment_flags(group):

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import engine
-import loader
+from images import IMAGENET, stored_pixel_stats
 
 
 def get_args_parser():
@@ -72,7 +72,7 @@ def main():
         raise engine.InputError("--with_head true: timm's models have no such head; use --format ibot")
     checkpoint = engine.load_checkpoint(args.checkpoint)
     state = extract(checkpoint, args.checkpoint_key, args.checkpoint, args.with_head, args.format == "timm")
-    stats = loader.stored_pixel_stats(checkpoint, args.checkpoint)
+    stats = stored_pixel_stats(checkpoint, args.checkpoint)
     if output.exists() and output.samefile(args.checkpoint):
         raise engine.InputError(f"output {output}: is the checkpoint itself")
     try:
@@ -80,7 +80,7 @@ def main():
     except OSError as error:
         raise engine.InputError(f"output {output}: its folder cannot be made ({error.strerror})") from error
     if output.suffix == ".pth":
-        known = {"args": stats.as_settings()} if stats != loader.IMAGENET else {}
+        known = {"args": stats.as_settings()} if stats != IMAGENET else {}
         engine.save_atomically({"state_dict": state, **known} if args.format == "ibot" else state, output)
     else:
         if "__metadata__" in state:

@@ -55,7 +55,7 @@ def write_crops(dataset, indices, masked, output_dir):
     for index in indices:
         tiles = [fit(crop, TILE) for crop in crops_of(dataset, index, masked)[:count + 4]]
         if not dataset.bad[index]:  # or another has taken its place
-            rows.append([fit(loader.load_rgb(dataset.samples[index][0]), TILE), *tiles])
+            rows.append([fit(dataset.load(index)[0], TILE), *tiles])
     locals_ = min(len(dataset.transform.sizes) - count, 4)
     titles = ["image"] + [f"global crop {i + 1}" for i in range(count)] + ["local crop"] * locals_
     try:

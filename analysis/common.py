@@ -16,7 +16,7 @@ import models
 from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone, read_weights
 from evaluation.common.data import ImageSet
-from loader import CheckedImageFolder, normalize
+from images import CheckedImageFolder, normalize
 from pictures import font
 
 # ---------------------------------------------------------------- flags and the network

@@ -18,7 +18,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import engine
-import loader
 import models
 from analysis import common
 from evaluation.common.backbone import load_evaluated_backbone
@@ -26,6 +25,7 @@ from evaluation.common.charts import draw_curves, loss_curves, read_log
 from evaluation.common.data import eval_transform, image_folders
 from evaluation.common.features import extract_features, pool_features, sharded_loader
 from evaluation.common.knn import knn_classify, topk_accuracy
+from images import BadImage, ImageFolderInstance, denormalize, normalize
 from pictures import CROPS, TILE, fit, save_grid
 
 K, SHOWN = 10, 5  # neighbours that vote, and that are drawn
@@ -59,7 +59,7 @@ def write_digits(folder):
     print(f"{folder}: {parts['train']} training and {parts['val']} validation images of digits, {written} new")
 
 
-def train_and_val(data_path, size, normalize=loader.normalize):
+def train_and_val(data_path, size, normalize=normalize):
     """Data sets of (image, label, index) to compare with, for images of `size` pixels: (train, val).
 
     DATA/train and DATA/val where these are (`data_path` may name either DATA or DATA/train). Otherwise every fifth
@@ -69,7 +69,7 @@ def train_and_val(data_path, size, normalize=loader.normalize):
     for root in (path, path.resolve().parent):
         if (root / "val").is_dir() and (root == path or path.resolve().name == "train") and (root / "train").is_dir():
             return image_folders(root, size, normalize)
-    parts = [loader.ImageFolderInstance(path, transform=eval_transform(size, normalize)) for _ in ("train", "val")]
+    parts = [ImageFolderInstance(path, transform=eval_transform(size, normalize)) for _ in ("train", "val")]
     samples, seen, val = parts[0].samples, {}, []
     for _, label in samples:
         seen[label] = seen.get(label, 0) + 1
@@ -150,11 +150,11 @@ def draw_neighbours(features, train, val, path):
     Frames: green where the neighbour is of the query's class, red where it is not.
     """
     queries, shown = spread(len(val)), min(SHOWN, len(train))
-    rows = [[framed(loader.load_rgb(val.samples[query][0]), "white")] for query in queries]
+    rows = [[framed(val.load(query)[0], "white")] for query in queries]
     for (train_features, train_labels), (val_features, val_labels) in features.values():
         tests, bank = (torch.nn.functional.normalize(x.float(), dim=1) for x in (val_features[queries], train_features))
         for row, query, places in zip(rows, queries, (tests @ bank.T).topk(shown).indices.tolist(), strict=True):
-            row += [framed(loader.load_rgb(train.samples[i][0]),
+            row += [framed(train.load(i)[0],
                            "#2ca02c" if train_labels[i] == val_labels[query] else "#d62728") for i in places]
     save_grid(rows, ["query"] + [f"{name}: {i + 1}" for name in features for i in range(shown)], path)
 
@@ -166,11 +166,11 @@ def draw_attention(trained, dataset, process, path):
     for index in spread(len(dataset)):
         try:
             image, _, _ = dataset[index]  # [3, S, S]
-        except loader.BadImage:
+        except BadImage:
             continue
         cells = trained.image_size // trained.patch_size
         attention = common.cls_attention(model, image[None].to(process.device))[0].view(-1, cells, cells)  # [heads, h, w]
-        pixels = loader.denormalize(image, trained.pixel_stats).permute(1, 2, 0).numpy()
+        pixels = denormalize(image, trained.pixel_stats).permute(1, 2, 0).numpy()
         pixels = fit(Image.fromarray(pixels), TILE)
         heats = [Image.fromarray(common.heat_map(weights, "inferno")) for weights in attention.cpu().numpy()]
         rows.append([pixels, *(Image.blend(pixels, heat.resize(pixels.size, Image.Resampling.BILINEAR), 0.75)

@@ -30,8 +30,10 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import augmentation
 import engine
 import loader
+from images import IMAGENET_MEAN, IMAGENET_STD, load_rgb
 
 PRED_RATIO, PRED_RATIO_VAR = (0, 0.3), (0, 0.2)
 
@@ -99,7 +101,7 @@ def plain_crop(size, scale, blur_p, solarize_p):
         Blur(blur_p),
         Solarize(solarize_p),
         transforms.ToTensor(),
-        transforms.Normalize(loader.IMAGENET_MEAN, loader.IMAGENET_STD),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
     ])
 
 
@@ -167,7 +169,7 @@ def crop_moments(preset, images, count, sizes=(224, 96), seed=0):
 
     worker, device = (loader.MultiCropAugmentation(
         local_crops_number=2, global_crops_size=sizes[0], local_crops_size=sizes[1], photometry=where,
-        augment=loader.AUGMENT_PRESETS[preset]) for where in ("cpu", "device"))
+        augment=augmentation.AUGMENT_PRESETS[preset]) for where in ("cpu", "device"))
     torch.manual_seed(seed)
     found = {name: ([], []) for name in ("first global", "other global", "local", "second local")}
     for first in range(0, count, 100):
@@ -186,7 +188,7 @@ def print_moments(images, samples, sizes, seed):
     """The largest difference between the paths for each preset, in standard errors and as a share of the spread."""
     print(f"\nmoments of {4 * samples} crops by each path, {sizes[0]} and {sizes[1]} pixels: largest difference of means")
     print(f"{'':24}{'standard errors':>18}{'standard deviations':>22}")
-    for preset in loader.AUGMENT_PRESETS:
+    for preset in augmentation.AUGMENT_PRESETS:
         worst = [0.0, 0.0]
         for ours, theirs in crop_moments(preset, images, samples, sizes, seed).values():
             spread = ((ours.var(0) + theirs.var(0)) / 2).sqrt()
@@ -237,7 +239,7 @@ def stages(dataset, batch, batches):
         samples = []
         for index in range(step * batch, (step + 1) * batch):
             path, label = dataset.samples[index % len(dataset)]
-            image = timed("decode", loader.load_rgb, path)
+            image = timed("decode", load_rgb, path)
             pixels = timed("to an array", np.asarray, image)
             boxes, turns, rows = timed("draws", augmentation.draw, *image.size)
             crops = timed("crops", augmentation.cut, pixels, boxes, [(False, False, 0)] * len(boxes))

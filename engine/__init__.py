@@ -1,4 +1,5 @@
 """The run engine: everything that surrounds a training step, once. A file a trade."""
+from engine.bad_images import BAD_IMAGES, bad_files, check_images, gather_bad_images, write_bad_images
 from engine.checkpoint import (
     SAFE_GLOBALS,
     backbone_state_dict,

@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted over all processes, named in a file, too many end a run."""
+"""Images that cannot be read, in a run: found by all processes, named in a file, counted against `--max_bad_images`."""
 import torch
 
 from engine.errors import InputError
@@ -8,16 +8,18 @@ from engine.process import get_world_size, host_reduce, is_main_process
 BAD_IMAGES = "bad_images.txt"
 
 
-def bad_images(dataset, before, device):
-    """Sorted paths of all images found unreadable, by any process, and `before` a resume. All processes call it.
+def bad_files(dataset):
+    """Paths of the files found bad so far: `dataset.source(index)` of those that are marked in `dataset.bad`, uint8 [n]."""
+    return [dataset.source(index) for index in dataset.bad.nonzero().flatten().tolist()]
 
-    dataset: has `bad`, uint8 [n], and `bad_files()`, see `ImageFolderMask`.
-    """
+
+def gather_bad_images(dataset, before, device):
+    """Sorted paths of all images found unreadable, by any process, and `before` a resume. All processes call it."""
     if get_world_size() > 1:
         bad = dataset.bad.to(device, copy=True)
         torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         torch.maximum(dataset.bad, bad.cpu(), out=dataset.bad)  # workers may have found more meanwhile
-    return sorted(before | set(dataset.bad_files()))
+    return sorted(before | set(bad_files(dataset)))
 
 
 def write_bad_images(output_dir, names):
@@ -33,7 +35,7 @@ def check_images(dataset, before, most, output_dir, device):
     limit = most * len(dataset) if most < 1 else most
     if host_reduce(int(dataset.bad.sum()), "sum") + len(before) <= limit:  # some may count twice
         return
-    bad = bad_images(dataset, before, device)
+    bad = gather_bad_images(dataset, before, device)
     if len(bad) > limit:
         if is_main_process():
             write_bad_images(output_dir, bad)

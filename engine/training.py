@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.bad_images import BAD_IMAGES, bad_images, check_images, write_bad_images
+from engine.bad_images import BAD_IMAGES, check_images, gather_bad_images, write_bad_images
 from engine.checkpoint import save_atomically
 from engine.device import collecting_by_hand, peak_memory_mib, random_state, set_random_state
 from engine.errors import InputError, Preempted, one_line
@@ -154,7 +154,7 @@ class Run:
     def start(self, dataset=None):
         """Prepare the folder: what an earlier run left goes, or with `path` what is run again. Process 0 says where it is.
 
-        dataset: of the training images, with `bad` and `bad_files()`, see `engine.bad_images`.
+        dataset: of the training images, with `bad` and `source()`, see `engine.bad_images`.
         """
         self.dataset, self.known_bad = dataset, set(self.progress["bad"])
         self.at_end.enter_context(collecting_by_hand())
@@ -308,7 +308,7 @@ class Run:
     def end_epoch(self, line, scalars, note=""):
         """Write an epoch's line of log.txt and its events, say its values, list bad images. `note` ends what is said."""
         gc.collect()
-        bad = [] if self.dataset is None else bad_images(self.dataset, self.known_bad, self.process.device)
+        bad = [] if self.dataset is None else gather_bad_images(self.dataset, self.known_bad, self.process.device)
         if not self.is_main:
             return
         log_scalars(self.writer, "epoch", scalars, self.epoch)
@@ -338,7 +338,7 @@ class Run:
         device = self.process.device
         own = {"total_batch": self.total_batch, **{name: self.gathered(name) for name in self.kept}}
         if self.dataset is not None:
-            own["bad"] = bad_images(self.dataset, self.known_bad, device)
+            own["bad"] = gather_bad_images(self.dataset, self.known_bad, device)
         if "random" in self.progress:
             own["random"] = [part.cpu() for part in gather_parts(random_state(device).to(device))]
         state = {**{name: state_of(part) for name, part in self.parts.items()}, "epoch": self.epoch, "args": self.args,

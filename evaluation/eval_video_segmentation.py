@@ -26,7 +26,7 @@ from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.propagation import cell_mask, follow, frame_size, full_labels, resize_frame
 from evaluation.common.protocol import read_vits, start_process
 from evaluation.common.results import append_result, results_folder
-from loader import IMAGENET, PixelStats, load_rgb, normalize
+from images import IMAGENET, PixelStats, load_rgb, normalize
 
 PUBLISHED = PixelStats(std=(0.228, 0.224, 0.225))  # 0.228, as the published numbers were made; else ImageNet's
 PICTURE = 320  # pixels, width of a frame in the picture of a video

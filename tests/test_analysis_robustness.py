@@ -14,7 +14,6 @@ from conftest import ROOT
 from PIL import Image
 
 import engine
-import loader
 from analysis import classifier, combine_ckpt, common, table8
 from analysis.backgrounds_challenge import challenge_eval, in9, in9_eval
 from analysis.corruptions_surf_variations import eval as imagenet_c
@@ -22,6 +21,7 @@ from analysis.linear_part import eval as linear_part
 from analysis.natural_adv_examples import eval as imagenet_a
 from analysis.occlusion import eval as occlusion
 from evaluation.common.results import append_result
+from images import normalize
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def test_occlusion_equals_a_plain_loop(job, val, tmp_path, monkeypatch):
     run_main(monkeypatch, occlusion, "--pretrained_weights", job / "classifier3.pth", "--test_data", val, "--random_drop", "--dino",
              "--shuffle", "--shuffle_size", "1", "2", "4", "--batch_size", "4", "--output_dir", tmp_path)
     found, shuffle = (result(tmp_path, name) for name in ("occlusion", "shuffle"))
-    images = common.image_folder(val, occlusion.v2.Compose([common.centre(32), occlusion.v2.PILToTensor(), loader.normalize]))
+    images = common.image_folder(val, occlusion.v2.Compose([common.centre(32), occlusion.v2.PILToTensor(), normalize]))
     batch, labels = torch.stack([images[i][0] for i in range(15)]), torch.from_numpy(images.targets)
     clean = 100 * (logits_of(job, 3, batch).argmax(1) == labels).double().mean().item()
     assert found["random"]["0"] == pytest.approx([clean, 0]) and shuffle["1x1"] == pytest.approx(clean)

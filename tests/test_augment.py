@@ -19,6 +19,7 @@ from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import eval_transform, image_sets
 from evaluation.common.features import frozen_features, pool_features
 from evaluation.common.linear import AugmentedImages
+from images import IMAGENET, IMAGENET_MEAN, IMAGENET_STD, ImageFolderInstance, PixelStats, folder_stats, stored_pixel_stats
 
 TINY = ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_size", "16", "--device", "cpu",
         "--local_crops_number", "2", "--out_dim", "32", "--patch_out_dim", "32", "--head_hidden_dim", "32", "--num_workers", "0",
@@ -81,7 +82,7 @@ def test_resuming_takes_the_statistics_of_the_checkpoint(run, tmp_path, capsys):
 
 def test_evaluations_and_extracted_files_have_them_too(run, digits, tmp_path, monkeypatch, capsys):
     folder = run[1]
-    stats = loader.PixelStats(tuple(args_of(folder).mean), tuple(args_of(folder).std))
+    stats = PixelStats(tuple(args_of(folder).mean), tuple(args_of(folder).std))
     files = [folder / "out/checkpoint.pth"]
     for name in ("a.pth", "b.safetensors"):
         files.append(tmp_path / name)
@@ -97,7 +98,7 @@ def test_evaluations_and_extracted_files_have_them_too(run, digits, tmp_path, mo
                                       "--format", "timm"])
     extract_backbone_weights.main()
     other = load_evaluated_backbone(tmp_path / "c.pth", "any", "vit_nano", 8, image_size=32)
-    assert other.pixel_stats == loader.IMAGENET and "normalised with ImageNet's statistics" in capsys.readouterr().out
+    assert other.pixel_stats == IMAGENET and "normalised with ImageNet's statistics" in capsys.readouterr().out
 
     images, process = image_sets("imagefolder", digits)[1], engine.Process(0, 1, 0, torch.device("cpu"))
     features, _ = frozen_features(backbones[0], images, process, num_workers=0, dump_to=tmp_path / "kept")
@@ -122,10 +123,10 @@ def test_evaluations_and_extracted_files_have_them_too(run, digits, tmp_path, mo
 def test_statistics_of_foreign_files(stored, words):
     checkpoint = {"args": argparse.Namespace(**stored)}
     if words is None:
-        assert loader.stored_pixel_stats(checkpoint, "file.pth") == loader.IMAGENET
+        assert stored_pixel_stats(checkpoint, "file.pth") == IMAGENET
         return
     with pytest.raises(engine.InputError, match=f"^checkpoint file.pth: {words}"):
-        loader.stored_pixel_stats(checkpoint, "file.pth")
+        stored_pixel_stats(checkpoint, "file.pth")
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -151,22 +152,22 @@ def test_given_statistics_reach_the_network(digits, tmp_path, monkeypatch):
                                        *words))
     first, plain = (batch.global_crops for batch in seen)
     assert plain.min() >= 0 and plain.max() <= 1
-    torch.testing.assert_close(first, (plain - torch.tensor(loader.IMAGENET_MEAN).view(3, 1, 1))
-                               / torch.tensor(loader.IMAGENET_STD).view(3, 1, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first, (plain - torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+                               / torch.tensor(IMAGENET_STD).view(3, 1, 1), rtol=1e-4, atol=1e-5)
 
 
 def stats_of(rank, folder, out):
     distributed.init_process_group("gloo", init_method=f"file://{out}/meet", world_size=2, rank=rank)
-    dataset = loader.ImageFolderInstance(folder)
+    dataset = ImageFolderInstance(folder)
     if rank:
         dataset.loader = None  # process 0 alone looks at the images
-    torch.save(loader.folder_stats(dataset, torch.device("cpu"), count=50), f"{out}/{rank}.pth")
+    torch.save(folder_stats(dataset, torch.device("cpu"), count=50), f"{out}/{rank}.pth")
     distributed.destroy_process_group()
 
 
 def test_statistics_are_the_same_on_all_processes(digits, tmp_path):
     folder = shutil.copytree(digits / "train", tmp_path / "data")
-    dataset = loader.ImageFolderInstance(folder)
+    dataset = ImageFolderInstance(folder)
     places = np.linspace(0, 119, 50).round().astype(int)
     pixels = np.stack([np.asarray(Image.open(dataset.samples[i][0])) for i in places[1:]]) / 255
     (tmp_path / "data/0").joinpath(dataset.samples[0][0]).write_bytes(b"no image")  # left out

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+import engine
+import images
 import loader
 
 SMALL = {"local_crops_number": 1, "global_crops_size": 16, "local_crops_size": 8}
@@ -124,17 +126,17 @@ def test_one_in_twenty_broken_in_ten_ways(tmp_path):
     batches = epoch(dataset, workers=2)
     assert sum(len(batch.labels) for batch in batches) == 200
     assert all(batch.global_crops.shape[2:] == (3, 16, 16) for batch in batches)
-    assert sorted(dataset.bad_files()) == sorted(map(str, broken))
+    assert sorted(engine.bad_files(dataset)) == sorted(map(str, broken))
 
     again = masked_folder(tmp_path, on_bad_image="skip")
     epoch(again, workers=0)
-    assert again.bad_files() == dataset.bad_files()
+    assert engine.bad_files(again) == engine.bad_files(dataset)
 
 
 def test_every_way_under_error(tmp_path):
     for i, kind in enumerate(BROKEN):
         path, = make_folder(tmp_path / str(i), [kind], good=2)
-        with pytest.raises(loader.BadImage) as caught:
+        with pytest.raises(images.BadImage) as caught:
             for index in range(3):
                 masked_folder(tmp_path / str(i), on_bad_image="error")[index]
         assert str(path) in str(caught.value), kind
@@ -148,8 +150,8 @@ def test_broken_file(tmp_path, kind):
 
     def load():
         try:
-            loader.load_rgb(path)
-        except loader.BadImage as error:
+            images.load_rgb(path)
+        except images.BadImage as error:
             caught.append(str(error))
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -166,27 +168,27 @@ def test_broken_file(tmp_path, kind):
 
 def test_limits_of_size(tmp_path, monkeypatch):
     """20,000 x 20,000 pixels are within the limits; where they lie is tried with small images."""
-    assert 20000**2 < loader.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    assert 20000**2 < images.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
     (tmp_path / "full.jpg").write_bytes(encoded("JPEG", side=120))
     (tmp_path / "flat.png").write_bytes(png(120, 120, zlib.compress(bytes(361 * 120), 9)))
     size = (tmp_path / "flat.png").stat().st_size
     assert size * 100 < 120**2 < (tmp_path / "full.jpg").stat().st_size * 100
     for most, doubtful, refused in ((120**2, 120**2, ()), (120**2, 120**2 - 1, ("flat.png",)), (120**2 - 1, 0, ("flat.png", "full.jpg"))):
-        monkeypatch.setattr(loader, "MAX_PIXELS", most)
-        monkeypatch.setattr(loader, "DOUBTFUL_PIXELS", doubtful)
+        monkeypatch.setattr(images, "MAX_PIXELS", most)
+        monkeypatch.setattr(images, "DOUBTFUL_PIXELS", doubtful)
         for name in ("flat.png", "full.jpg"):
             if name in refused:
-                with pytest.raises(loader.BadImage, match=rf"{name}: .*120 x 120 pixels in \d+ bytes; up to {most}"):
-                    loader.load_rgb(tmp_path / name)
+                with pytest.raises(images.BadImage, match=rf"{name}: .*120 x 120 pixels in \d+ bytes; up to {most}"):
+                    images.load_rgb(tmp_path / name)
             else:
-                assert loader.load_rgb(tmp_path / name).size == (120, 120)
+                assert images.load_rgb(tmp_path / name).size == (120, 120)
 
 
 @pytest.mark.parametrize("format, ending", [("GIF", "png"), ("PNG", "jpg"), ("JPEG2000", "jpg"), ("WEBP", "webp"), ("TIFF", "tif")])
 def test_other_formats_than_the_name_says_are_read(tmp_path, format, ending):
     """ImageNet has a PNG file that is called .JPEG."""
     (tmp_path / f"a.{ending}").write_bytes(encoded(format))
-    assert loader.load_rgb(tmp_path / f"a.{ending}").size == (48, 48)
+    assert images.load_rgb(tmp_path / f"a.{ending}").size == (48, 48)
 
 
 @pytest.mark.parametrize("format", ["BMP", "PPM", "PNG", "TIFF"])
@@ -194,7 +196,7 @@ def test_an_image_stays_when_its_file_is_cut(tmp_path, format):
     """Pixels are in memory, not in a mapped file, whose end would kill the process."""
     path = tmp_path / "a"
     path.write_bytes(encoded(format))
-    image = loader.load_rgb(path)
+    image = images.load_rgb(path)
     before = np.asarray(image).copy()
     path.write_bytes(b"")
     assert np.array_equal(np.asarray(image), before)
@@ -204,10 +206,10 @@ def test_files_that_break_or_vanish_in_mid_run(tmp_path):
     make_folder(tmp_path, [], good=60)
     dataset = masked_folder(tmp_path, on_bad_image="skip")
     data_loader = torch.utils.data.DataLoader(dataset, 10, num_workers=2, persistent_workers=True, collate_fn=loader.collate)
-    assert sum(len(batch.labels) for batch in data_loader) == 60 and not dataset.bad_files()
+    assert sum(len(batch.labels) for batch in data_loader) == 60 and not engine.bad_files(dataset)
     paths = [path for path, _ in dataset.samples]
     os.remove(paths[3])
     os.truncate(paths[40], 100)
     dataset.set_epoch(1)
     assert sum(len(batch.labels) for batch in data_loader) == 60
-    assert dataset.bad_files() == [paths[3], paths[40]]
+    assert engine.bad_files(dataset) == [paths[3], paths[40]]

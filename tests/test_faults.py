@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import collapse
 import engine
+import images
 import loader
 import main_ibot
 from benchmarks.faults import children, differences, everything
@@ -159,9 +160,9 @@ def test_kill_while_saving(digits, tmp_path):
 
 
 STALL = """
-import sys, time, engine, loader, main_ibot
-load_rgb, stalled = loader.load_rgb, sys.argv.pop(1)
-loader.load_rgb = lambda path: time.sleep(1000) if path == stalled else load_rgb(path)
+import sys, time, engine, images, main_ibot
+load_rgb, stalled = images.load_rgb, sys.argv.pop(1)
+images.load_rgb = lambda path: time.sleep(1000) if path == stalled else load_rgb(path)
 engine.run(main_ibot.main)
 """
 
@@ -170,7 +171,7 @@ engine.run(main_ibot.main)
 def test_stalled_file_does_not_keep_sigterm_from_saving(workers, digits, tmp_path):
     """A file that never comes: the run saves and ends with its documented code, soon, whoever waits for the file."""
     order = list(loader.ResumableSampler(range(120), 1, 0, seed=0))
-    stalled = loader.CheckedImageFolder(digits / "train").samples[order[40]][0]  # in the third batch
+    stalled = images.CheckedImageFolder(digits / "train").samples[order[40]][0]  # in the third batch
     words = [sys.executable, "-c", STALL, stalled, *TINY, "--data_path", digits / "train", "--output_dir", tmp_path, "--num_workers",
              str(workers), "--print_freq", "1"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

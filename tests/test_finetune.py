@@ -36,7 +36,7 @@ from evaluation.common.data import epoch_order, eval_transform, image_sets
 from evaluation.common.features import sharded_loader
 from evaluation.common.reference_flags import our_words
 from evaluation.semi_supervised import eval_cls as semi_cls
-from loader import IMAGENET_MEAN, IMAGENET_STD
+from images import IMAGENET_MEAN, IMAGENET_STD
 from tests.conftest import ROOT, wait_for
 
 CPU = engine.Process(0, 1, 0, torch.device("cpu"))
@@ -541,7 +541,7 @@ def test_bad_images_are_replaced(digits, tmp_path):
     open(path, "wb").write(b"no image")
     dataset = AugmentedSet(images, val_transform(32))
     x, label = dataset[0, 0, 5]
-    assert x.shape == (3, 32, 32) and dataset.bad_files() == [path] and dataset.bad.sum() == 1
+    assert x.shape == (3, 32, 32) and engine.bad_files(dataset) == [path] and dataset.bad.sum() == 1
     with pytest.raises(engine.InputError, match=re.escape(path)):
         AugmentedSet(images, val_transform(32), on_bad_image="error")[0, 0, 5]
 

@@ -18,7 +18,7 @@ from conftest import ROOT
 
 import engine
 import extract_backbone_weights
-import loader
+import images
 import main_ibot
 import models
 from evaluation import eval_knn
@@ -111,21 +111,21 @@ def test_index_of_a_data_folder(digits, tmp_path, monkeypatch, capsys):
     name = hashlib.sha256(os.fsencode(os.path.realpath(data))).hexdigest()[:32]
     path = tmp_path / "ibot" / f"{name}.index"
     path.parent.mkdir()
-    index, _ = loader._walk(data)
+    index, _ = images._walk(data)
     torch.save(index, path)
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "_walk", None)
-        expected = loader.CheckedImageFolder(data).samples  # as it is, it is used
+        patch.setattr(images, "_walk", None)
+        expected = images.CheckedImageFolder(data).samples  # as it is, it is used
     hostile = [{"names": Evil(tmp_path)}, {"version": Evil(tmp_path)}, {"folders": "x"}, {"modified": [1]}, {"modified": ...},
                {"counts": torch.tensor([1])}, {"counts": -index["counts"]}, {"ends": index["ends"].float()},
                {"ends": index["ends"] + 5}, {"ends": index["ends"].flip(0)}, {"names": index["names"][:-4]},
                {"names": index["names"].clone().fill_(ord("/"))},
-               {"folders": loader._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"../0", 1))},
-               {"folders": loader._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"/0", 1))}]
+               {"folders": images._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"../0", 1))},
+               {"folders": images._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"/0", 1))}]
     for changed in hostile:
         torch.save({key: value for key, value in {**index, **changed}.items() if value is not ...}, path)
         engine.say_once.cache_clear()
-        assert list(loader.CheckedImageFolder(data).samples) == list(expected), changed
+        assert list(images.CheckedImageFolder(data).samples) == list(expected), changed
         note = capsys.readouterr().err
         assert note.startswith("note: ") and note.count("\n") == 1 and str(path) in note, (changed, note)
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""The cached listing of an image folder (loader.folder_index) against torchvision's walk."""
+"""The cached listing of an image folder (images.folder_index) against torchvision's walk."""
 import contextlib
 import os
 import pickle
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-import loader
+import images
 from engine import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +57,7 @@ def aged(*roots, seconds=60):
 
 
 def open_folder(root):
-    return loader.CheckedImageFolder(root)
+    return images.CheckedImageFolder(root)
 
 
 def check(dataset, root):
@@ -257,7 +257,7 @@ def test_without_a_place_for_it_the_run_goes_on(folder, tmp_path, monkeypatch, c
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(loader, "save_atomically", full)
+    monkeypatch.setattr(images, "save_atomically", full)
     check(open_folder(folder), folder)
     assert "No space left on device" in capsys.readouterr().err
 
@@ -283,17 +283,17 @@ def test_one_of_several_processes_walks(folder, tmp_path):
     """The one that walks is slow; the other starts meanwhile, waits and reads what the first has found."""
     code = """
 import os, sys, time
-import loader
+import images
 scan, walked = os.scandir, []
 def slow(path):
     walked.append(path)
     open(sys.argv[2], "w").close()
     time.sleep(0.1)
     return scan(path)
-check = loader.check_image_folder
-loader.check_image_folder = lambda root: None  # looks at the top folder, in every process
+check = images.check_image_folder
+images.check_image_folder = lambda root: None  # looks at the top folder, in every process
 os.scandir = slow
-dataset = loader.CheckedImageFolder(sys.argv[1])
+dataset = images.CheckedImageFolder(sys.argv[1])
 print(len(walked), len(dataset), dataset.samples[5])
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
+import augmentation
+import images
 import loader
 from benchmarks.data_loader import crop_moments, plain_mask
-from engine import InputError
+from engine import InputError, bad_files
 
 SMALL = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 1}
 
@@ -246,9 +248,9 @@ def test_odd_images_load_as_rgb(tmp_path):
         warnings.simplefilter("error")  # ResourceWarning of an open file, Pillow's on palettes
         for name, (image, options, expected) in cases.items():
             image.save(tmp_path / name, **options)
-            loaded = loader.load_rgb(tmp_path / name)
+            loaded = images.load_rgb(tmp_path / name)
             assert loaded.mode == "RGB" and np.array_equal(np.asarray(loaded), np.asarray(expected)), name
-    assert len(loader.MultiCropAugmentation(**SMALL)(loader.load_rgb(tmp_path / "one.png"))) == 3
+    assert len(loader.MultiCropAugmentation(**SMALL)(images.load_rgb(tmp_path / "one.png"))) == 3
 
 
 def test_16_bit_images_keep_their_grey_levels(tmp_path):
@@ -258,7 +260,7 @@ def test_16_bit_images_keep_their_grey_levels(tmp_path):
     Image.fromarray(levels.astype(np.int32)).save(tmp_path / "b.tif")
     (tmp_path / "a.pgm").write_bytes(b"P5 64 64 65535\n" + levels.astype(">u2").tobytes())
     for name in ("a.png", "a.tif", "b.tif", "a.pgm"):
-        loaded = np.asarray(loader.load_rgb(tmp_path / name))
+        loaded = np.asarray(images.load_rgb(tmp_path / name))
         assert np.abs(loaded - levels[..., None] / 257).max() <= 0.5, name
 
 
@@ -272,8 +274,8 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "damaged.png").write_bytes(damaged)
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
     for name in ("text.png", "empty.jpg", "cut.png", "damaged.png", "float.tif", "missing.png"):
-        with pytest.raises(loader.BadImage, match=name) as caught:
-            loader.load_rgb(str(tmp_path / name))
+        with pytest.raises(images.BadImage, match=name) as caught:
+            images.load_rgb(str(tmp_path / name))
         assert "\n" not in str(caught.value)
         assert name in str(pickle.loads(pickle.dumps(caught.value)))
 
@@ -284,16 +286,16 @@ def test_bad_images_are_skipped_once_and_listed(folder, monkeypatch):
     dataset = masked_folder(folder)
     bad = [path for path, _ in dataset.samples if path.endswith(("0.png", "5.png"))]
     alone = batches(dataset)
-    assert dataset.bad_files() == bad and sum(len(batch.labels) for batch in alone) == 8
+    assert bad_files(dataset) == bad and sum(len(batch.labels) for batch in alone) == 8
 
     decoded = []
-    monkeypatch.setattr(dataset, "loader", lambda path: decoded.append(path) or loader.load_rgb(path))
+    monkeypatch.setattr(dataset, "loader", lambda path: decoded.append(path) or images.load_rgb(path))
     assert equal(batches(dataset), alone)  # a known bad file has the same substitute
     assert len(decoded) == 8 and not set(decoded) & set(bad)
 
     with_workers = masked_folder(folder)
     assert equal(batches(with_workers, workers=2), alone)
-    assert with_workers.bad_files() == bad  # what workers found, seen here
+    assert bad_files(with_workers) == bad  # what workers found, seen here
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -313,14 +315,14 @@ def test_too_many_bad_images_end_the_run(folder):
 
 
 def test_image_folder_instance(folder):
-    dataset = loader.ImageFolderInstance(str(folder), transform=lambda image: (image.mode, image.size))
+    dataset = images.ImageFolderInstance(str(folder), transform=lambda image: (image.mode, image.size))
     assert dataset[5] == (("RGB", (64, 48)), 1, 5)
     (folder / "class0/0.png").write_bytes(b"no image")
-    with pytest.raises(loader.BadImage, match="0.png"):
+    with pytest.raises(images.BadImage, match="0.png"):
         dataset[0]
 
 
-@pytest.mark.parametrize("build", [loader.check_image_folder, loader.ImageFolderInstance, masked_folder])
+@pytest.mark.parametrize("build", [images.check_image_folder, images.ImageFolderInstance, masked_folder])
 def test_folder_errors(tmp_path, build):
     def message(path):
         with pytest.raises(InputError) as caught:
@@ -341,7 +343,7 @@ def test_class_folders_without_images_are_named(folder):
     (folder / "void").mkdir()
     (folder / "void/notes.txt").write_text("")
     with pytest.raises(InputError, match="class folder void"):
-        loader.ImageFolderInstance(str(folder))
+        images.ImageFolderInstance(str(folder))
 
 
 # ---------------------------------------------------------------- augmentation
@@ -369,7 +371,7 @@ def test_defaults_draw_what_they_always_drew(folder):
 
 def test_turns_and_colours_follow_their_numbers():
     torch.manual_seed(0)
-    augment = loader.Augment(0.3, 0.6, 0.8, (0.5, 0.1, 0.2, 0.3, 0.4), 0.7, (0.2, 0.4, 0.6), (0.7, 0.5, 0.3))
+    augment = augmentation.Augment(0.3, 0.6, 0.8, (0.5, 0.1, 0.2, 0.3, 0.4), 0.7, (0.2, 0.4, 0.6), (0.7, 0.5, 0.3))
     _, turns, rows = zip(*(augmentation(augment=augment).draw(64, 48) for _ in range(2000)), strict=True)
     turns, rows = torch.tensor(turns).float(), torch.stack(rows)  # [2000, 3, 3], [2000, 3, 13]
     for position in range(3):
@@ -391,7 +393,7 @@ def test_turns_and_colours_follow_their_numbers():
 ])
 def test_impossible_augmentations_are_named(change, words):
     with pytest.raises(InputError, match=words) as caught:
-        augmentation(augment=loader.Augment()._replace(**change))
+        augmentation(augment=augmentation.Augment()._replace(**change))
     assert "\n" not in str(caught.value)
 
 
@@ -645,13 +647,13 @@ def test_both_paths_give_the_same_crops(folder):
         a, b = loader.finish_batch(a), loader.finish_batch(b)
         assert b.photometry is None and b.global_crops.dtype == torch.float32 and b.global_crops.is_contiguous()
         for x, y in ((a.global_crops, b.global_crops), (a.local_crops, b.local_crops)):
-            assert (x - y).abs().max() <= 1.01 / 255 / min(loader.IMAGENET_STD)  # one level
+            assert (x - y).abs().max() <= 1.01 / 255 / min(images.IMAGENET_STD)  # one level
     assert not untouched
     rows = photometry_rows(500, seed=1)
     both_paths(photo(24, 24), list(rows))
 
 
-@pytest.mark.parametrize("preset", loader.AUGMENT_PRESETS)
+@pytest.mark.parametrize("preset", augmentation.AUGMENT_PRESETS)
 def test_moments_of_crops_agree_between_the_paths(preset):
     """benchmarks/data_loader.py --moments has the same for ten thousand crops of each preset."""
     for name, values in crop_moments(preset, [photo()], 500, sizes=(12, 8), seed=1).items():
@@ -675,17 +677,17 @@ def test_device_photometry_may_be_compiled():
 
 def test_normalize():
     image = photo()
-    expected = transforms.Normalize(loader.IMAGENET_MEAN, loader.IMAGENET_STD)(transforms.functional.to_tensor(image))
+    expected = transforms.Normalize(images.IMAGENET_MEAN, images.IMAGENET_STD)(transforms.functional.to_tensor(image))
     tensor = F.pil_to_tensor(image)
     with torch.inference_mode():
-        assert torch.allclose(loader.normalize(tensor), expected, atol=1e-6)
-    assert torch.allclose(loader.normalize(tensor[None, None] / 255), expected[None, None], atol=1e-6)
-    assert loader.normalize(tensor).dtype == torch.float32
-    loader.normalize((tensor / 255).requires_grad_()).sum().backward()
-    stats = loader.PixelStats((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+        assert torch.allclose(images.normalize(tensor), expected, atol=1e-6)
+    assert torch.allclose(images.normalize(tensor[None, None] / 255), expected[None, None], atol=1e-6)
+    assert images.normalize(tensor).dtype == torch.float32
+    images.normalize((tensor / 255).requires_grad_()).sum().backward()
+    stats = images.PixelStats((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     expected = transforms.Normalize(*stats)(tensor / 255)
-    assert torch.allclose(loader.normalize(tensor, stats), expected, atol=1e-6)
-    assert torch.equal(loader.denormalize(loader.normalize(tensor, stats), stats), tensor)
+    assert torch.allclose(images.normalize(tensor, stats), expected, atol=1e-6)
+    assert torch.equal(images.denormalize(images.normalize(tensor, stats), stats), tensor)
 
 
 # ---------------------------------------------------------------- batches
@@ -802,7 +804,7 @@ def test_a_batch_is_handed_on_before_the_next_one_is_waited_for(monkeypatch):
 def test_batches_of_other_transforms_and_without_local_crops_are_finished(folder):
     cut = transforms.Compose([transforms.RandomCrop(24), transforms.ToTensor()])
     batch = batches(masked_folder(folder, transform=lambda image: [cut(image)], patch_size=8))[0]
-    assert torch.equal(loader.finish_batch(batch).global_crops, loader.normalize(batch.global_crops))
+    assert torch.equal(loader.finish_batch(batch).global_crops, images.normalize(batch.global_crops))
     batch = batches(masked_folder(folder, transform=augmentation(local_crops_number=0, photometry="device")))[0]
     finished = loader.finish_batch(batch)
     assert batch.local_crops is finished.local_crops is None
@@ -815,7 +817,7 @@ def test_device_batches_on_cuda(folder, workers):
     dataset, device = masked_folder(folder, transform=augmentation(photometry="device")), torch.device("cuda")
     data_loader = DataLoader(dataset, 2, num_workers=workers, collate_fn=loader.collate, pin_memory=True)
     expected = [loader.finish_batch(batch) for batch in data_loader]
-    loader.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8, device=device))  # its constants are copied once
+    images.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8, device=device))  # its constants are copied once
     device_batches = loader.device_batches(data_loader, device)
     for other in expected:
         torch.cuda.set_sync_debug_mode("error")
@@ -825,6 +827,6 @@ def test_device_batches_on_cuda(folder, workers):
                 torch.full_like(batch.global_crops, float("nan"))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert (batch.global_crops.cpu() - other.global_crops).abs().max() <= 1.01 / 255 / min(loader.IMAGENET_STD)
+        assert (batch.global_crops.cpu() - other.global_crops).abs().max() <= 1.01 / 255 / min(images.IMAGENET_STD)
         assert torch.equal(batch.mask_index.cpu(), other.mask_index)
     assert next(device_batches, None) is None

@@ -33,7 +33,7 @@ from evaluation.common.nearest import (
 from evaluation.common.ranking import average_precision, retrieval_scores
 from evaluation.common.whitening import Moments, whiten, whitening, whitening_projection
 from evaluation.eval_copy_detection import BLOCKS, LEVELS, copy_score
-from loader import load_rgb, normalize
+from images import load_rgb, normalize
 
 # ---------------------------------------------------------------- scores
 

@@ -23,7 +23,7 @@ import engine
 from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.protocol import start_process
-from loader import load_rgb, normalize
+from images import load_rgb, normalize
 
 CODES = {"mp4": "mp4v", "avi": "XVID"}
 

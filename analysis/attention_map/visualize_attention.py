@@ -23,7 +23,7 @@ import engine
 from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.protocol import start_process
-from loader import load_rgb
+from images import load_rgb
 
 COLOURS = ((0, 160, 215), (220, 55, 60), (245, 180, 0), (10, 120, 190), (40, 150, 100), (135, 75, 145))
 CUT = 0.2  # share of a head's largest attention below which it colours nothing

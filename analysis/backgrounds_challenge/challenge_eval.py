@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 import engine
 from analysis.backgrounds_challenge.in9 import WHERE, in9_parser, of_size, right, variant_images
 from analysis.classifier import record, require, start, summed
-from loader import load_rgb, normalize
+from images import load_rgb, normalize
 
 
 def foreground_files(data):

@@ -29,7 +29,7 @@ import engine
 from analysis import common
 from evaluation.common.arguments import int_from, probability
 from evaluation.common.protocol import start_process
-from loader import normalize
+from images import normalize
 
 COLOUR = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2)])
 

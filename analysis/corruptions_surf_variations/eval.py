@@ -18,7 +18,7 @@ import engine
 from analysis.classifier import accuracy, classifier_parser, record, require, start
 from analysis.common import image_folder
 from evaluation.common.arguments import int_from
-from loader import normalize
+from images import normalize
 
 LAYOUT = "CORRUPTION/SEVERITY/WNID/*.JPEG, without the level noise/, blur/, ... of the archives"
 WHERE = "https://github.com/hendrycks/robustness"

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from engine import InputError
 from evaluation.common.data import epoch_order
-from loader import IMAGENET, MAX_BAD_IN_A_ROW, BadImage, normalize
+from images import IMAGENET, load_or_replace, normalize
 
 REPEATS = 3  # of an image in an epoch of repeated augmentation
 SMALL = 32  # pixels: up to this size images are padded and cut, not scaled
@@ -80,8 +80,7 @@ class AugmentedSet(Dataset):
     """(transform(image), label) of an `ImageSet`, indexed by (epoch, place in its order, index of the image).
 
     What is drawn depends on (seed, epoch, place) alone, whatever the number of workers and processes: `transform` may use
-    all of Python's, numpy's and torch's generators. `on_bad_image`: as in `ImageFolderMask`; `bad`, uint8 [n], is shared
-    with the workers.
+    all of Python's, numpy's and torch's generators. `on_bad_image`, `bad` (shared with the workers): see `load_or_replace`.
     """
 
     def __init__(self, images, transform, seed=0, on_bad_image="skip"):
@@ -92,28 +91,21 @@ class AugmentedSet(Dataset):
     def __len__(self):
         return len(self.images)
 
-    def bad_files(self):
-        """Paths of the files found bad so far."""
-        return [self.images.source(index) for index in self.bad.nonzero().flatten().tolist()]
+    def source(self, index):
+        """Path of an image, as `ImageSet.source`."""
+        return self.images.source(index)
+
+    def load(self, index):
+        """(PIL image, label, index), untransformed. Raises `BadImage`."""
+        return self.images[index]
 
     def __getitem__(self, item):
         epoch, place, index = item
         rng = np.random.default_rng((self.seed, epoch, place))
         seed = int(rng.integers(2**63))
-        for _ in range(MAX_BAD_IN_A_ROW):
-            if not self.bad[index]:
-                try:
-                    image, label, _ = self.images[index]
-                except BadImage:
-                    if self.on_bad_image == "error":
-                        raise
-                    self.bad[index] = 1
-                else:
-                    with drawing_from(seed):
-                        return self.transform(image), label
-            index = int(rng.integers(len(self)))
-        raise InputError(f"{self.images.name}: {MAX_BAD_IN_A_ROW} bad images in a row, the last one "
-                         f"{self.images.source(index)}")
+        image, label, _ = load_or_replace(self, index, rng)
+        with drawing_from(seed):
+            return self.transform(image), label
 
 
 class UpdateBatches:

@@ -9,7 +9,7 @@ import torch
 
 import engine
 import models
-from loader import IMAGENET, PixelStats, normalize, stored_pixel_stats
+from images import IMAGENET, PixelStats, normalize, stored_pixel_stats
 
 RANDOM_SEED = 0  # the untrained baseline is one fixed network, the same in every process
 MOST_CELLS = 512  # patches along a side of the images that a checkpoint was trained on
@@ -33,7 +33,7 @@ class EvaluatedBackbone:
 
     @property
     def normalize(self):
-        """`loader.normalize` with the statistics that the network was trained with."""
+        """`images.normalize` with the statistics that the network was trained with."""
         return partial(normalize, stats=self.pixel_stats)
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import engine
-from loader import CheckedImageFolder, ImageFolderInstance, load_rgb, normalize
+from images import CheckedImageFolder, ImageFolderInstance, load_rgb, normalize
 
 # Where each data set is looked for by default, and what must be in that folder.
 DATASETS = {

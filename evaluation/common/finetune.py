@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import engine
-import loader
 import models
 import utils
 from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from
@@ -374,7 +373,7 @@ def checkpoint_files(folder, best_file):
 
 def run_files(folder, best_file):
     """What a run writes into its folder, as far as it is there."""
-    others = (folder / name for name in ("log.txt", "tf_logs", loader.BAD_IMAGES))
+    others = (folder / name for name in ("log.txt", "tf_logs", engine.BAD_IMAGES))
     return checkpoint_files(folder, best_file) + [path for path in others if path.exists()]
 
 
@@ -696,12 +695,12 @@ def train_all(args, protocol, folder, best_file, training, first_epoch, train_lo
     mixing = build_mixing(args, len(dataset.images.classes))
     ema = None if training.average is None else ema_pairs(model, training.average)
     saved_at, bad_before = time.monotonic(), set(progress["bad"])
-    check_images = partial(loader.check_images, dataset, bad_before, args.max_bad_images, folder, device)
+    check_images = partial(engine.check_images, dataset, bad_before, args.max_bad_images, folder, device)
 
     def save_now(epoch, names=()):
         """Save the run as it is before update `progress["step"]` of `epoch`; all processes call it. False if that fails."""
         nonlocal saved_at
-        progress["bad"] = loader.bad_images(dataset, bad_before, device)
+        progress["bad"] = engine.gather_bad_images(dataset, bad_before, device)
         saved = not main or save(folder, epoch, args, training, names)
         saved_at = time.monotonic()
         return saved
@@ -743,7 +742,7 @@ def train_all(args, protocol, folder, best_file, training, first_epoch, train_lo
                 names.append(best_file)
         if args.save_ckpt_freq and (is_last or (epoch + 1) % max(1, int(args.save_ckpt_freq * args.epochs / 100)) == 0):
             names.append(f"checkpoint-{epoch}.pth")
-        bad = loader.bad_images(dataset, bad_before, device)
+        bad = engine.gather_bad_images(dataset, bad_before, device)
         if main:
             engine.append_log(folder / "log.txt", stats | {
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in model.parameters())})
@@ -751,8 +750,8 @@ def train_all(args, protocol, folder, best_file, training, first_epoch, train_lo
             print(f"epoch {epoch} done: " + "  ".join(f"{k} {v:.4g}" for k, v in stats.items())
                   + (f"  best {described(progress['best'])}" if result else ""), flush=True)
             if bad:
-                loader.write_bad_images(folder, bad)
-                print(f"skipped {len(bad)} unreadable images so far; all: {folder / loader.BAD_IMAGES}", flush=True)
+                engine.write_bad_images(folder, bad)
+                print(f"skipped {len(bad)} unreadable images so far; all: {folder / engine.BAD_IMAGES}", flush=True)
         progress |= {"step": 0, "totals": {}, "counts": {}}
         save_now(epoch + 1, names)
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 import engine
 from evaluation.common.features import extract_features, pool_features
-from loader import IMAGE_FORMATS, BadImage, bad_images, load_rgb, normalize
+from images import IMAGE_FORMATS, BadImage, load_rgb, normalize
 
 SCALES = (1, 2 ** -0.5, 0.5)
 MAX_BLOCK = 2**26  # similarities at a time: 256 MB
@@ -131,9 +131,9 @@ class ListedImages(Dataset):
     def __len__(self):
         return len(self.items)
 
-    def bad_files(self):
-        """Paths of the files found to be cut short so far."""
-        return [self.items[index][0] for index in self.bad.nonzero().flatten().tolist()]
+    def source(self, index):
+        """Path of an image."""
+        return self.items[index][0]
 
     def __getitem__(self, index):
         path, box = self.items[index]
@@ -221,7 +221,7 @@ def extract_listed(model_fn, items, transform, sizes, batch_size, num_workers, p
 
 def note_short_files(images, name, process):
     """Name the files of `ListedImages` that were cut short, for all processes on rank 0; all processes call it."""
-    short = bad_images(images, set(), process.device)
+    short = engine.gather_bad_images(images, set(), process.device)
     if short and process.rank == 0:
         print(f"note: {len(short)} of the {name} files are cut short and used as far as they go: "
               f"{', '.join(short[:5])}{', ...' if len(short) > 5 else ''}", flush=True)
