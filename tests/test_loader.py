@@ -352,7 +352,7 @@ def test_defaults_draw_what_they_always_drew(folder):
     """Recorded before the augmentation had flags; but for the blur at borders and its rounding the crops stay too."""
     golden = np.load(Path(__file__).parent / "data/loader_draws.npz")
     torch.manual_seed(0)
-    several = augmentation(global_crops_number=3)
+    several = multi_crop(global_crops_number=3)
     boxes, turns, rows = zip(*(several.draw(64, 48) for _ in range(8)), strict=True)
     assert np.array_equal(boxes, golden["boxes"])
     assert np.array_equal(np.array(turns)[..., 0], golden["flips"]) and not np.array(turns)[..., 1:].any()
@@ -360,7 +360,7 @@ def test_defaults_draw_what_they_always_drew(folder):
     assert np.array_equal(rows[..., :10].astype(np.float32), golden["rows"])
     assert np.sqrt(6 * rows[..., 10:] @ np.arange(3) ** 2) == pytest.approx(golden["sigma"], abs=1e-3)
     for where in ("cpu", "device"):
-        dataset = masked_folder(folder, transform=augmentation(photometry=where))
+        dataset = masked_folder(folder, transform=multi_crop(photometry=where))
         dataset.set_epoch(3)
         for place, (crops, _, masks, *_) in enumerate(map(dataset.__getitem__, (0, 5))):
             assert np.array_equal(masks, golden["masks"][place])
@@ -372,7 +372,7 @@ def test_defaults_draw_what_they_always_drew(folder):
 def test_turns_and_colours_follow_their_numbers():
     torch.manual_seed(0)
     augment = augmentation.Augment(0.3, 0.6, 0.8, (0.5, 0.1, 0.2, 0.3, 0.4), 0.7, (0.2, 0.4, 0.6), (0.7, 0.5, 0.3))
-    _, turns, rows = zip(*(augmentation(augment=augment).draw(64, 48) for _ in range(2000)), strict=True)
+    _, turns, rows = zip(*(multi_crop(augment=augment).draw(64, 48) for _ in range(2000)), strict=True)
     turns, rows = torch.tensor(turns).float(), torch.stack(rows)  # [2000, 3, 3], [2000, 3, 13]
     for position in range(3):
         flip, down, quarters = turns[:, position].T
@@ -393,24 +393,24 @@ def test_turns_and_colours_follow_their_numbers():
 ])
 def test_impossible_augmentations_are_named(change, words):
     with pytest.raises(InputError, match=words) as caught:
-        augmentation(augment=augmentation.Augment()._replace(**change))
+        multi_crop(augment=augmentation.Augment()._replace(**change))
     assert "\n" not in str(caught.value)
 
 
 def test_crop_order_sizes_and_types():
-    augmentation = loader.MultiCropAugmentation(3, (0.25, 1), 4, (0.05, 0.25), 28, 12)
-    crops = augmentation(photo())
+    crop = loader.MultiCropAugmentation(3, (0.25, 1), 4, (0.05, 0.25), 28, 12)
+    crops = crop(photo())
     assert [tuple(crop.shape) for crop in crops] == [(3, 28, 28)] * 3 + [(3, 12, 12)] * 4
     assert all(crop.dtype == torch.uint8 for crop in crops)
 
 
-def augmentation(**options):
+def multi_crop(**options):
     return loader.MultiCropAugmentation(**SMALL | options)
 
 
 def test_where_the_photometry_happens_must_be_known():
     with pytest.raises(InputError, match="gpu"):
-        augmentation(photometry="gpu")
+        multi_crop(photometry="gpu")
 
 
 def photometry_rows(n, blur_p=0.5, solarize_p=0.2, seed=0):
@@ -439,7 +439,7 @@ def pixels(image):
 
 
 def test_each_crop_type_has_its_photometry():
-    rows = torch.stack([augmentation(global_crops_number=3, local_crops_number=2).draw(64, 48)[2] for _ in range(2000)])
+    rows = torch.stack([multi_crop(global_crops_number=3, local_crops_number=2).draw(64, 48)[2] for _ in range(2000)])
     blurred, solarized = (rows[:, :, 10] < 1).float().mean(0), rows[:, :, 9].mean(0)
     error = 4 * 0.5 / 2000**0.5
     assert (blurred - torch.tensor([1, 0.1, 0.1, 0.5, 0.5])).abs().max() < error and blurred[0] == 1
@@ -638,7 +638,7 @@ def test_grey_comes_after_jitter_then_blur_then_solarise():
 
 def test_both_paths_give_the_same_crops(folder):
     """Random rows on crops of all kinds, as they come out of the loader."""
-    cpu, device = (batches(masked_folder(folder, transform=augmentation(photometry=where)), epochs=4) for where in ("cpu", "device"))
+    cpu, device = (batches(masked_folder(folder, transform=multi_crop(photometry=where)), epochs=4) for where in ("cpu", "device"))
     assert device[0].photometry.shape == (3, 4, sum(loader.ROW)) and device[0].photometry.dtype == torch.float32
     untouched = 0
     for a, b in zip(cpu, device, strict=True):
@@ -752,7 +752,7 @@ def test_interleaved_crops_are_stacked_as_they_lie():
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("photometry", ["cpu", "device"])
 def test_device_batches(folder, workers, photometry):
-    dataset = masked_folder(folder, transform=augmentation(photometry=photometry))
+    dataset = masked_folder(folder, transform=multi_crop(photometry=photometry))
     fetched, data_loader = [], DataLoader(dataset, 4, num_workers=workers, collate_fn=partial(loader.collate, pad_masks=64))
     expected = [loader.finish_batch(batch) for batch in data_loader]
 
@@ -805,7 +805,7 @@ def test_batches_of_other_transforms_and_without_local_crops_are_finished(folder
     cut = transforms.Compose([transforms.RandomCrop(24), transforms.ToTensor()])
     batch = batches(masked_folder(folder, transform=lambda image: [cut(image)], patch_size=8))[0]
     assert torch.equal(loader.finish_batch(batch).global_crops, images.normalize(batch.global_crops))
-    batch = batches(masked_folder(folder, transform=augmentation(local_crops_number=0, photometry="device")))[0]
+    batch = batches(masked_folder(folder, transform=multi_crop(local_crops_number=0, photometry="device")))[0]
     finished = loader.finish_batch(batch)
     assert batch.local_crops is finished.local_crops is None
     assert finished.global_crops.shape == batch.global_crops.shape == (2, 4, 3, 32, 32)
@@ -814,7 +814,7 @@ def test_batches_of_other_transforms_and_without_local_crops_are_finished(folder
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_device_batches_on_cuda(folder, workers):
-    dataset, device = masked_folder(folder, transform=augmentation(photometry="device")), torch.device("cuda")
+    dataset, device = masked_folder(folder, transform=multi_crop(photometry="device")), torch.device("cuda")
     data_loader = DataLoader(dataset, 2, num_workers=workers, collate_fn=loader.collate, pin_memory=True)
     expected = [loader.finish_batch(batch) for batch in data_loader]
     images.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8, device=device))  # its constants are copied once
