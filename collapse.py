@@ -7,7 +7,9 @@ import math
 import torch
 
 import models
+from engine import is_main_process
 
+PATIENCE = 3  # epochs in a row with a sign before it is said: many runs begin with one
 SIGNS = ("cls_entropy", "cls_kl", "cls_std", "patch_entropy", "patch_cross", "patch_share", "patch_used")
 
 
@@ -65,3 +67,17 @@ def warnings(stats, out_dim, patch_out_dim, teacher_temp):
         found["cls_std"] = ("the teacher's [CLS] outputs hardly differ between images (standard deviation "
                             f"{stats['cls_std']:.2g})")
     return found
+
+
+def say(stats, out_dim, patch_out_dim, teacher_temp, seen):
+    """Print the `warnings` that the means of an epoch give for the third time in a row, on process 0.
+
+    seen: what the epoch before returned, {sign: epochs in a row with it}.
+    """
+    found = warnings(stats, out_dim, patch_out_dim, teacher_temp)
+    seen = {sign: seen.get(sign, 0) + 1 for sign in found}
+    if is_main_process():
+        for sign, text in found.items():
+            if seen[sign] == PATIENCE:
+                print(f"warning: {text}", flush=True)
+    return seen

@@ -184,17 +184,16 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
     Args:
         out_dim, patch_out_dim: K of the two outputs.
         teacher_temps, teacher_patch_temps: teacher temperature of every epoch.
-        student_temp: 0.1 for both.
         center_momentum, patch_center_momentum: share that the centres keep at each step.
         lambda1, lambda2: weights of the [CLS] and the patch term.
         patch_centering: whether the patch centre moves from 0. patch_targets: "soft", or "hard" for the teacher's arg-max.
     """
 
-    def __init__(self, out_dim, patch_out_dim, teacher_temps, teacher_patch_temps, student_temp=0.1, center_momentum=0.9,
+    def __init__(self, out_dim, patch_out_dim, teacher_temps, teacher_patch_temps, center_momentum=0.9,
                  patch_center_momentum=0.9, lambda1=1.0, lambda2=1.0, patch_centering=True, patch_targets="soft"):
         super().__init__()
         self.teacher_temps, self.teacher_patch_temps = teacher_temps, teacher_patch_temps
-        self.student_temp = student_temp
+        self.student_temp = 0.1
         self.center_momentum, self.patch_center_momentum = center_momentum, patch_center_momentum
         self.lambda1, self.lambda2 = lambda1, lambda2
         self.patch_centering, self.patch_targets = patch_centering, patch_targets
@@ -359,10 +358,7 @@ def pretrain(args, run):
     process, device = run.process, run.process.device
     utils.fix_random_seeds(args.seed)  # the same weights on all processes
     run.find({"student": dict, "teacher": dict, "optimizer": dict, "ibot_loss": dict}, "pre-training")
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    recompute = models.choose_recompute(args.recompute, args.grad_checkpointing, compiled)
-    if compiled:
-        engine.check_compiler(device)
+    compiled, recompute = models.choose_compilation(args.compile, args.recompute, args.grad_checkpointing, device)
     torch.backends.cudnn.benchmark = True  # crops have one size or two
 
     # ============ data ============
@@ -406,7 +402,7 @@ def pretrain(args, run):
     notes += run.changes({"saveckp_freq"})
     notes += run.resume(parts, total_batch, steps, images=len(dataset))
     run.start(dataset)
-    run.schedules = {name: schedules[name] for name in ("lr", "wd")}
+    run.schedules = {"lr": schedules["lr"], "wd": schedules["wd"]}
     peak = engine.peak_flops(device, amp_dtype)
     run.seconds_per_image = flops_per_image(args) / peak if peak else None
     if run.is_main:
@@ -423,7 +419,7 @@ def pretrain(args, run):
         print("\n".join([*notes, run.where()]), flush=True)
 
     # ============ training ============
-    start_time, warned = time.time(), set()
+    start_time, seen = time.time(), {}
     for epoch in range(run.epoch, args.epochs):
         sampler.set_epoch(epoch, start=run.step * args.accum_iter * args.batch_size_per_gpu)
         dataset.set_epoch(epoch)
@@ -433,10 +429,7 @@ def pretrain(args, run):
         batches = loader.device_batches(data_loader, device, photometry, pixel_stats, amp_dtype or torch.float32)
         stats = train_one_epoch(run, batches, training, schedules, epoch, args)
         run.end_epoch({f"train_{name}": value for name, value in stats.items()}, stats)
-        found = collapse.warnings(stats, args.out_dim, ibot_loss.center2.shape[-1], schedules["temp"][epoch])
-        if run.is_main:
-            print("".join(f"warning: {text}\n" for sign, text in found.items() if sign not in warned), end="", flush=True)
-        warned = found.keys()
+        seen = collapse.say(stats, args.out_dim, ibot_loss.center2.shape[-1], schedules["temp"][epoch], seen)
         keep = args.saveckp_freq and epoch and epoch % args.saveckp_freq == 0  # the reference counts its files so
         run.next_epoch([f"checkpoint{epoch:04}.pth"] if keep else [])
     if run.is_main:

@@ -1,7 +1,7 @@
 """Backbones by the reference's names: `models.vit_small(patch_size=16)`, `models.swin_tiny(window_size=7)`, and so on."""
 from engine import need
 from models.head import ACTIVATIONS, NORMS, at_least_float32, iBOTHead
-from models.multi_crop import RECOMPUTE, MultiCropWrapper, choose_recompute, flops_per_step
+from models.multi_crop import RECOMPUTE, MultiCropWrapper, choose_compilation, choose_recompute, flops_per_step
 from models.swin_transformer import swin_base, swin_large, swin_small, swin_tiny  # noqa: F401
 from models.vision_transformer import vit_base, vit_large, vit_nano, vit_small, vit_tiny  # noqa: F401
 
@@ -11,7 +11,7 @@ ARCHS = ("vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "deit_tin
          "swin_tiny", "swin_small", "swin_base", "swin_large")
 
 __all__ = [*ARCHS, "ACTIVATIONS", "ARCHS", "NORMS", "RECOMPUTE", "MultiCropWrapper", "at_least_float32", "build_backbone",
-           "check_sizes", "choose_recompute", "flops_per_step", "iBOTHead", "mask_cell"]
+           "check_sizes", "choose_compilation", "choose_recompute", "flops_per_step", "iBOTHead", "mask_cell"]
 
 
 def build_backbone(arch, patch_size=16, window_size=7, img_size=224, **kwargs):

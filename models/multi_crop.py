@@ -10,7 +10,7 @@ import torch._functorch.config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import InputError
+from engine import InputError, check_compiler
 
 # What compiled code computes again in the backward pass, in settings of torch's partitioner. By default it keeps whatever
 # a matrix product of the backward pass reads, normed tokens and GELU's outputs too.
@@ -131,6 +131,18 @@ def flops_per_step(student, teacher, global_crops, cells, masked, local_crops, p
         student_cls, student_patch, _ = student(crops, index, masks=masks, local_crops=others)
         (student_cls.sum() + student_patch.sum()).backward()
     return counter.get_total_flops()
+
+
+def choose_compilation(compiled, recompute, grad_checkpointing, device):
+    """Whether to compile, by default on CUDA, and the key of RECOMPUTE that the flags mean.
+
+    Raises `InputError` where there is no compiler, and for a way to recompute that needs it.
+    """
+    compiled = device.type == "cuda" if compiled is None else compiled
+    recompute = choose_recompute(recompute, grad_checkpointing, compiled)
+    if compiled:
+        check_compiler(device)
+    return compiled, recompute
 
 
 def choose_recompute(recompute, grad_checkpointing, compiled):
