@@ -140,3 +140,19 @@ def changed_flags(flags, checkpoint, free=FREE_FLAGS):
             for name, value in flags.items() if name not in free and name in then and repr(then[name]) != repr(value)}
 
 
+def notes_of_epoch(progress, again, images, processes):
+    """Lines that say what is not as it was before a stop in mid-epoch.
+
+    progress: a checkpoint's, with "folder" and "random"; again: images of that epoch that come again; images: of the
+    folder; processes: of this run.
+    """
+    notes, before = [], len(progress["random"])
+    if before != processes:
+        notes.append(f"note: {processes} processes instead of {before}: in this epoch images are shared out, and drop path "
+                     "is drawn, otherwise than without the stop")
+    if again:
+        notes.append(f"note: other batches than before: the last {again} images that were used come again")
+    if progress["folder"] != images:
+        notes.append(f"note: the folder holds {images} images instead of {progress['folder']}: the rest of this epoch is "
+                     "drawn from another order")
+    return notes

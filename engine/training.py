@@ -29,7 +29,16 @@ from engine.bad_images import BAD_IMAGES, check_images, gather_bad_images, write
 from engine.checkpoint import save_atomically
 from engine.device import collecting_by_hand, peak_memory_mib, random_state, set_random_state
 from engine.errors import InputError, Preempted, one_line
-from engine.files import FREE_FLAGS, PROGRESS, Files, changed_flags, copy_file, find_checkpoint, read_checkpoint
+from engine.files import (
+    FREE_FLAGS,
+    PROGRESS,
+    Files,
+    changed_flags,
+    copy_file,
+    find_checkpoint,
+    notes_of_epoch,
+    read_checkpoint,
+)
 from engine.log import (
     DeviceMeters,
     add_row,
@@ -131,24 +140,13 @@ class Run:
         if host_reduce(self.update) != -host_reduce(-self.update):
             raise InputError(f"--load_from {self.args.load_from}: the processes found different checkpoints; all nodes "
                              f"must see the same {self.folder}")
-        return [] if images is None else self._notes_of_epoch(used, images)
-
-    def _notes_of_epoch(self, used, images):
-        before, processes, notes = self.progress["folder"], len(self.progress["random"]), []
-        self.progress["folder"] = images
-        if not used:
-            return notes
-        if used // self.total_batch > self.steps:
-            raise InputError(f"checkpoint {self.path}: {used} images of its epoch were used, the folder has {images}")
-        if processes != self.process.world_size:
-            notes.append(f"note: {self.process.world_size} processes instead of {processes}: in this epoch images are "
-                         "shared out, and drop path is drawn, otherwise than without the stop")
-        if used % self.total_batch:
-            notes.append(f"note: other batches than before: the last {used % self.total_batch} images that were used come "
-                         "again")
-        if before != images:
-            notes.append(f"note: the folder holds {images} images instead of {before}: the rest of this epoch is drawn "
-                         "from another order")
+        notes = []
+        if images is not None:
+            if used // total_batch > steps:
+                raise InputError(f"checkpoint {self.path}: {used} images of its epoch were used, the folder has {images}")
+            if used:
+                notes = notes_of_epoch(self.progress, used % total_batch, images, self.process.world_size)
+            self.progress["folder"] = images
         return notes
 
     def start(self, dataset=None):
