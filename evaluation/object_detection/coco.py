@@ -50,7 +50,7 @@ def annotation_file(root, split):
 
 
 def read_annotations(root, split):
-    """(images, {image id: its annotations}, `Categories`) of a split, "train" or "val". Raises InputError, naming the file."""
+    """(images, {image id: its annotations}, `Categories`) of a split, "train" or "val". Raises InputError."""
     path = annotation_file(root, split)
     try:
         content = json.loads(path.read_bytes())
@@ -109,7 +109,7 @@ class CocoImages(Dataset):
 
     def __init__(self, root, split):
         coco_tools()
-        self.folder = Path(root) / f"{split}2017"
+        self.root, self.folder = root, Path(root) / f"{split}2017"
         if not self.folder.is_dir():
             raise engine.InputError(f"--data_path {root}: no folder {self.folder}")
         images, annotations, self.categories = read_annotations(root, split)
@@ -177,7 +177,8 @@ class TrainingImages(CocoImages):
             raise engine.InputError(f"{self.folder}: annotations of {record['file_name']}: a mask is not as COCO has them "
                                     f"({engine.one_line(error)})") from error
         boxes = torch.tensor(record["boxes"], dtype=torch.float32).view(-1, 4)
-        image, boxes, labels, masks = self.augment(image, boxes, torch.tensor(record["labels"], dtype=torch.int64), masks, rng)
+        labels = torch.tensor(record["labels"], dtype=torch.int64)
+        image, boxes, labels, masks = self.augment(image, boxes, labels, masks, rng)
         return self.normalize(image), {"boxes": boxes, "labels": labels, "masks": masks.bool()}
 
 
@@ -225,7 +226,8 @@ class Augment:
         """
         if rng.random() < self.flip:
             image, masks = image.flip(-1), masks.flip(-1)
-            boxes = torch.stack((image.shape[2] - boxes[:, 2], boxes[:, 1], image.shape[2] - boxes[:, 0], boxes[:, 3]), dim=1)
+            width = image.shape[2]
+            boxes = torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), dim=1)
         if rng.random() < 0.5:
             image, boxes, masks = self.scale(image, boxes, masks, self.crop_sides, rng)
             image, boxes, labels, masks = self.crop(image, boxes, labels, masks, rng)
@@ -245,8 +247,8 @@ class Augment:
         top, left = (int(rng.integers(side - part + 1)) for side, part in zip(sides, (h, w), strict=True))
         boxes = clip(boxes - boxes.new_tensor((left, top, left, top)), h, w)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        part = slice(top, top + h), slice(left, left + w)
-        return image[:, *part], boxes[kept], labels[kept], masks[kept][:, *part]
+        rows, columns = slice(top, top + h), slice(left, left + w)
+        return image[..., rows, columns], boxes[kept], labels[kept], masks[kept][..., rows, columns]
 
 
 def clip(boxes, height, width):
@@ -323,7 +325,8 @@ def average_precision(root, results, image_ids):
         truth.dataset.setdefault("info", {})
         for kind in ("bbox", "segm"):
             # Given a box, pycocotools would take its area for that of the mask.
-            own = [{name: value for name, value in result.items() if kind == "bbox" or name != "bbox"} for result in results]
+            own = results if kind == "bbox" else [{name: value for name, value in result.items() if name != "bbox"}
+                                                  for result in results]
             evaluation = tools.cocoeval.COCOeval(truth, truth.loadRes(own), kind)
             evaluation.params.imgIds = sorted(image_ids)
             evaluation.evaluate()
