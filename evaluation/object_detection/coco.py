@@ -182,7 +182,7 @@ class TrainingImages(CocoImages):
         return self.normalize(image), {"boxes": boxes, "labels": labels, "masks": masks.bool()}
 
 
-class TestImages(CocoImages):
+class ValidationImages(CocoImages):
     """(image [3, h, w] in the size of tests, its `record`), indexed from 0 on."""
 
     def __init__(self, root, short=800, long=1333, normalize=normalize):

@@ -89,9 +89,8 @@ def build_detector(backbone, num_classes, network):
 
 def network_of(args, source):
     """What a checkpoint says of the detector of `args` on an `EvaluatedBackbone`."""
-    return {"arch": source.arch, "patch_size": source.patch_size, "window_size": source.window_size, "grid": args.grid and list(args.grid), "final_norm": args.final_norm, "channels": args.channels, "hidden": args.hidden, "sampled": args.sampled,
-            "train_proposals": args.train_proposals, "test_proposals": args.test_proposals,
-            "test_side": args.test_side, "long_side": args.long_side,
+    return {"arch": source.arch, "patch_size": source.patch_size, "window_size": source.window_size,
+            **{name: getattr(args, name) for name in ("grid", "final_norm", *NETWORK[2:])},
             "mean": list(source.pixel_stats.mean), "std": list(source.pixel_stats.std)}
 
 
@@ -159,7 +158,7 @@ def masks_of(found, height, width):
 
 
 def evaluate(detector, dataset, process, amp_dtype, num_workers, fetch):
-    """Average precision of the detector on `TestImages`, see `average_precision`; {} on all processes but 0.
+    """Average precision of the detector on `ValidationImages`, see `average_precision`; {} on all processes but 0.
 
     Each process takes every W-th image, one at a time; of an image results are kept as text, masks as run lengths.
     fetch: takes the next of an iterator's batches, None at its end, see `engine.Run.fetch`.
@@ -189,7 +188,7 @@ def evaluate(detector, dataset, process, amp_dtype, num_workers, fetch):
 
 
 def write_examples(detector, dataset, amp_dtype, path, count=6):
-    """A picture of what the detector finds in the first of `TestImages`, beside one another."""
+    """A picture of what the detector finds in the first of `ValidationImages`, beside one another."""
     pictures = []
     for index in range(min(count, len(dataset))):
         images, sizes, [record] = collate([dataset[index]])

@@ -21,7 +21,7 @@ import engine
 from evaluation.common.arguments import int_from, probability
 from evaluation.common.protocol import start_process
 from evaluation.common.results import append_result, read_results
-from evaluation.object_detection.coco import TestImages, collate, resize, scaled_size
+from evaluation.object_detection.coco import ValidationImages, collate, resize, scaled_size
 from evaluation.object_detection.detection import described, detect, evaluate, load_detector, masks_of
 from evaluation.object_detection.draw import draw_detections
 from images import PixelStats, load_rgb, normalize
@@ -77,7 +77,7 @@ def test(args):
         read_results(args.output_dir)
     settings, source = content["settings"], content["source"]
     root = args.data_path or settings.get("data_path", "data/coco")
-    images = TestImages(root, *sides, partial(normalize, stats=stats))
+    images = ValidationImages(root, *sides, partial(normalize, stats=stats))
     engine.need(images.categories == categories, f"--data_path {root}: its categories are not those of {args.checkpoint}")
     metrics = evaluate(detector, images, process, amp_dtype, args.num_workers, lambda batches: next(batches, None))
     if process.rank == 0:

@@ -35,7 +35,7 @@ from evaluation.common.protocol import start_process
 from evaluation.common.reference_flags import override_words
 from evaluation.common.results import append_result, read_results, results_folder
 from evaluation.object_detection.cascade import LOSSES
-from evaluation.object_detection.coco import Augment, GroupedBatches, TestImages, TrainingImages, collate
+from evaluation.object_detection.coco import Augment, GroupedBatches, TrainingImages, ValidationImages, collate
 from evaluation.object_detection.detection import (
     FILES,
     OVERRIDES,
@@ -111,7 +111,7 @@ def train_detector(args, run):
     args, detector, source, network = new_detector(args, content, len(categories.ids))
     run.args = args
     train_images.normalize = source.normalize
-    test_images = TestImages(args.data_path, args.test_side, args.long_side, source.normalize)
+    test_images = ValidationImages(args.data_path, args.test_side, args.long_side, source.normalize)
     engine.need(test_images.categories == categories,
                 f"--data_path {args.data_path}: the two splits have different categories")
     detector = synchronized(detector.to(device), process)
