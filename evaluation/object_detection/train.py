@@ -72,7 +72,6 @@ def check_args(args):
     need(args.layer_decay is None or 0 < args.layer_decay <= 1,
          f"--layer_decay must be above 0 and at most 1: {args.layer_decay}")
     need(args.crop_range[0] <= args.crop_range[1], f"--crop_range takes the smaller number first, not {args.crop_range}")
-    need(not (args.load_from and args.overwrite), "--load_from resumes and --overwrite true starts over: give one of them")
     folder = Path(args.output_dir)
     engine.check_output(folder, args.load_from, args.overwrite, FILES.held(folder))
     read_results(results_folder(args))
@@ -98,10 +97,29 @@ def train(args):
             train_detector(args, run)
 
 
+def resume(run, parts, total_batch, steps):
+    """Go on from the checkpoint that `--load_from` means. Returns notes. Raises InputError for a run of other weights or
+    classes, and for a finished one with other settings, or with `--overwrite` starts over."""
+    run.find({"model": dict, "optimizer": dict, "settings": dict, "categories": dict, "progress": dict}, "detection")
+    now, notes = {**run.entries["settings"], "categories": run.entries["categories"]}, []
+    then = {**run.checkpoint["settings"], "categories": run.checkpoint["categories"]} if run.path else now
+    finished = run.path and run.checkpoint["epoch"] >= run.args.epochs
+    fixed = ("weights_hash", "categories", *(("train_images", *RECORDED) if finished else ()))
+    other = next((name for name in fixed if then.get(name) != now[name]), None)
+    if other:
+        problem = (f"checkpoint {run.path}: its run had {other} {engine.printable(then.get(other))}, this one "
+                   f"{engine.printable(now[other])}")
+        engine.need(run.args.overwrite, f"{problem}; choose another --output_dir, or start over with --overwrite true")
+        run.forget()
+        notes = [f"starting over: {problem}"]
+    notes += run.changes({"results_dir", "pretrained_weights", "data_path", "arch", "patch_size", "window_size"})
+    run.resume(parts, total_batch, steps)
+    return notes
+
+
 def train_detector(args, run):
     process, device = run.process, run.process.device
     utils.fix_random_seeds(args.seed)  # the same new weights on all processes
-    run.find({"model": dict, "optimizer": dict, "progress": dict}, "detection")
 
     # ============ network, data ============
     content = read_weights(args.pretrained_weights)
@@ -137,8 +155,7 @@ def train_detector(args, run):
     run.entries = {"network": network, "categories": categories._asdict(), "settings": settings,
                    "source": {"checkpoint": str(args.pretrained_weights), "key": args.checkpoint_key}}
     notes = [note for note in [batch_note(total_batch, recipe_of(source.arch)["batch"], args.accum_iter)] if note]
-    notes += run.changes(set())
-    run.resume({"model": detector, "optimizer": optimizer, "fp16_scaler": scaler}, total_batch, sampler.steps)
+    notes += resume(run, {"model": detector, "optimizer": optimizer, "fp16_scaler": scaler}, total_batch, sampler.steps)
     finished = run.progress["metrics"]
     if finished:
         if run.is_main:
