@@ -29,6 +29,8 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
             cifar_cls, cifar10_cls, cars_cls, flwrs_cls, inat_cls, inat19_cls
           retrieval on data/revisited_paris_oxford: paris_oxford_reid, with pages of neighbours in retrieval/SET/KEY
           copy detection on data/copydays: copydays_copydet (or copydays_copydey)
+          detection on data/coco, in det/KEY; key=value words of mmdetection's, as lr_config.step=8,11, count as flags:
+            coco_det
 JOB_NAME  results go to work_dirs/JOB_NAME
 ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
 KEY       networks to evaluate: teacher, student, or both with a comma
@@ -48,7 +50,7 @@ Environment variables:
   LINEAR_AVGPOOL, LINEAR_N_LAST_BLOCKS   of linear probes: pooling and number of blocks (ARCH with `small` or `swin`: 0, 4;
                others: 2, 1)
   MAX_GPUS     limit of processes per node (8)                     GPUS_PER_NODE  processes per node (GPUS, at most MAX_GPUS)
-  TOTAL_NODES, NODE_ID (1, 0)   nodes; all pre-train and run imagenet_cls together, else node i takes the keys i,
+  TOTAL_NODES, NODE_ID (1, 0)   nodes; all pre-train, run imagenet_cls and coco_det together; else node i takes keys i,
                i + TOTAL_NODES, ...
   MASTER_ADDR, MASTER_PORT (127.0.0.1, 29500)   where several nodes meet: the address of node 0
   PYTHON       interpreter (python3)
@@ -59,7 +61,7 @@ EOF
 
 TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls \
 imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls \
-davis_viseg paris_oxford_reid copydays_copydet"
+davis_viseg paris_oxford_reid copydays_copydet coco_det"
 
 # The table of tasks; TASKS and the usage list them too.
 #   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
@@ -89,6 +91,9 @@ task() {
             script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} features=''
             [ -n "$subset" ] || data=${at}data/imagenet_split
             fixed=(--avgpool_patchtokens "${AVGPOOL:-0}" --finetune_head_layer 1 --epochs 1000 --lr 5e-6) ;;
+        coco_det)  # the recipe is the network's, see its help
+            script=evaluation/object_detection/train.py runs=together data=${at}data/coco sub=det features=''
+            folders="train2017 val2017 annotations" ;;
         davis_viseg)
             script=evaluation/eval_video_segmentation.py data=${at}data/davis/DAVIS folders='' features=own
             fixed=(--results_dir "${output-}") ;;
@@ -205,6 +210,7 @@ has_packages() {
 import importlib
 import re
 import sys
+from importlib import metadata
 
 
 def numbers(version):
@@ -222,8 +228,9 @@ for line in open(sys.argv[1]):
         module = importlib.import_module({"pillow": "PIL", "scikit-learn": "sklearn", "pytest-xdist": "xdist"}.get(name, name))
     except Exception:  # a half-finished install can fail in any way
         lack(f"no {name}")
-    if numbers(module.__version__) < numbers(least):
-        lack(f"{name} {module.__version__}, older than {least}")
+    version = getattr(module, "__version__", None) or metadata.version(name)  # pycocotools has none
+    if numbers(version) < numbers(least):
+        lack(f"{name} {version}, older than {least}")
 EOF
 }
 
