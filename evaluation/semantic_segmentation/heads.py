@@ -66,6 +66,11 @@ class UPerNet(nn.Module):
         return self.scores(self.dropout(x))
 
 
+def auxiliary_head(channels, classes):
+    """Logits of K classes from one map, at its size: in training alone."""
+    return nn.Sequential(Block(channels, AUXILIARY_CHANNELS, 3), nn.Dropout2d(DROPOUT), Scores(AUXILIARY_CHANNELS, classes))
+
+
 class Linear(nn.Module):
     """A classifier of the four maps, side by side, for each cell of the first."""
 
@@ -87,8 +92,7 @@ class Segmenter(nn.Module):
             self.head = Linear(backbone.channels, classes)
         else:
             self.head = UPerNet(backbone.channels, classes, width)
-            self.auxiliary = nn.Sequential(Block(backbone.channels[AUXILIARY_TAP], AUXILIARY_CHANNELS, 3),
-                                           nn.Dropout2d(DROPOUT), Scores(AUXILIARY_CHANNELS, classes))
+            self.auxiliary = auxiliary_head(backbone.channels[AUXILIARY_TAP], classes)
 
     def forward(self, images):
         """Images [B, 3, H, W] to logits [B, K, h, w] and, in training, those of the auxiliary head or None."""

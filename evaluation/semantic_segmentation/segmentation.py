@@ -264,20 +264,23 @@ def sheet(rows, names):
     return canvas
 
 
-def write_pictures(segmenter, pairs, network, names, device, amp_dtype, path):
-    """Write a line for each of [(image, annotation or None)]: the image, the truth if it is known, what is predicted."""
-    stats = PixelStats(tuple(network["mean"]), tuple(network["std"]))
-    was_training, rows = segmenter.training, []
-    segmenter.eval()
+def write_pictures(networks, pairs, names, device, amp_dtype, path):
+    """Write a line for each of [(image, annotation or None)]: the image, the truth if it is known, what is predicted.
+
+    networks: [(`Segmenter`, its `network_of`)]. Raises InputError.
+    """
+    rows = []
     for pair in pairs:
-        image, truth = load_rgb(pair[0]), []
-        if pair[1] is not None:
-            truth = [load_pair(pair, network["num_classes"])[1].numpy()]
+        image, maps = load_rgb(pair[0]), []
         size = image.height, image.width
-        x = normalize(resize(pil_to_tensor(image), fitted_size(*size, network["long_side"], network["short_side"])), stats)
-        labels = label_map(segmenter, x.to(device), size, network, amp_dtype).cpu().numpy()
-        rows.append((image, [*truth, labels]))
-    segmenter.train(was_training)
+        for segmenter, network in networks:
+            if pair[1] is not None and not maps:
+                maps.append(load_pair(pair, network["num_classes"])[1].numpy())
+            stats = PixelStats(tuple(network["mean"]), tuple(network["std"]))
+            x = resize(pil_to_tensor(image), fitted_size(*size, network["long_side"], network["short_side"]))
+            x = normalize(x, stats).to(device)
+            maps.append(label_map(segmenter.eval(), x, size, network, amp_dtype).cpu().numpy())
+        rows.append((image, maps))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet(rows, names).save(path)

@@ -57,7 +57,7 @@ def test(args):
     if args.visualize:
         for path in args.visualize if process.rank == 0 else ():
             target = folder / f"{Path(path).stem}_segmentation.png"
-            write_pictures(model, [(path, None)], network, names, process.device, amp_dtype, target)
+            write_pictures([(model, network)], [(path, None)], names, process.device, amp_dtype, target)
             print(target, flush=True)
         return
     if args.output_dir:
@@ -74,7 +74,7 @@ def test(args):
         append_result(args.output_dir, PROTOCOLS[network["head"]], source["checkpoint"], source["key"],
                       {**settings, "data_path": root, "val_images": len(pairs), "inference": network["inference"]}, metrics)
         write_classes(rows, folder / "classes.tsv")
-        write_pictures(model, pairs[:6], network, names, process.device, amp_dtype, folder / "segmentations.png")
+        write_pictures([(model, network)], pairs[:6], names, process.device, amp_dtype, folder / "segmentations.png")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ The recipe is that of the network, for batches of 16 images, which --accum_iter 
     linear, ViT          8e-4              -            0.05            -        -        slide  (file: 7e-4, ViT-S 3e-5)
 
 The paper takes the best of the rates 3e-5, 8e-5, 1e-4, 3e-4 and 8e-4. Data: images/ and annotations/, each with training/
-and validation/. Writes `log.txt`, TensorBoard's events and `checkpoint.pth` into the output folder and, after the evaluation at
-the end, `classes.tsv`, `segmentations.png` and a record in `results.json`. The mechanics are engine.Run's.
+and validation/. Writes `log.txt`, TensorBoard's events and `checkpoint.pth` into the output folder and, after the
+evaluation at the end, `classes.tsv`, `segmentations.png` and a record in `results.json`. The mechanics are engine.Run's.
 """
 import argparse
 import sys
@@ -193,7 +193,8 @@ def train_segmenter(args, run, key, content, sets):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"data: {len(train_pairs)} training and {len(val_pairs)} validation images, {args.num_classes} classes, "
               f"{args.num_workers} loader processes")
-        print(f"network: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained; "
+        whole = sum(p.numel() for p in model.parameters())
+        print(f"network: {whole / 1e6:.1f} M parameters, {trained / 1e6:.2f} M of them trained; "
               f"precision: {amp_dtype or torch.float32}; total batch: {total_batch}; an epoch: {steps} updates")
         ended = f"{run.path} has finished {args.iterations} updates and is evaluated"
         print("\n".join([*notes, run.where() if run.epoch < args.epochs else ended]), flush=True)
@@ -227,7 +228,7 @@ def train_all(run, batches, training, model, network, lr, val_pairs, args):
     if run.is_main:
         names = class_names(args.data_path, args.num_classes)
         write_classes(class_table(matrix, names), run.folder / "classes.tsv")
-        write_pictures(model, val_pairs[:PICTURES], network, names, run.process.device, amp_dtype,
+        write_pictures([(model, network)], val_pairs[:PICTURES], names, run.process.device, amp_dtype,
                        run.folder / "segmentations.png")
 
 

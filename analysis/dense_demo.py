@@ -1,0 +1,90 @@
+"""A first run of dense tasks: drawn shapes in the layout of ADE20K, and what a pre-trained network makes of them.
+
+    python analysis/dense_demo.py data --output_dir data/shapes
+    python analysis/dense_demo.py report --output_dir work_dirs/dense_demo
+
+`./run.sh dense_demo` calls the first, then trains from pre-trained and from random weights, then calls the second.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+
+import engine
+from evaluation.common.results import read_results
+from evaluation.common.shapes import NAMES, draw_scene
+from evaluation.semantic_segmentation.ade20k import class_names, read_pairs
+from evaluation.semantic_segmentation.segmentation import load_segmenter, write_pictures
+
+SCENES = {"training": 240, "validation": 60}
+SIDES = (64, 96)  # pixels
+STARTS = ("pretrained", "random")  # sub-folders of the runs
+SHOWN = 6
+
+
+def save(image, path):
+    """Write an image file at once, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    image.save(temporary, path.suffix[1:].upper().replace("JPG", "JPEG"))
+    os.replace(temporary, path)
+
+
+def write_ade(folder):
+    """The scenes in FOLDER/{images,annotations}/{training,validation}: 1 is the background, then come the shapes."""
+    for number, (split, count) in enumerate(SCENES.items()):
+        for i in range(count):
+            rng = np.random.default_rng((number, i))
+            width, height = (int(side) for side in rng.integers(*SIDES, 2))
+            image, *_, classes = draw_scene(rng, width, height)
+            save(image, folder / "images" / split / f"{i:04}.jpg")
+            save(Image.fromarray(classes + 1), folder / "annotations" / split / f"{i:04}.png")
+    names = "".join(f"{i}\t{name}\n" for i, name in enumerate(("background", *NAMES), 1))
+    (folder / "objectInfo150.txt").write_text(names)
+    print(f"{folder}: " + ", ".join(f"{count} {split} images" for split, count in SCENES.items()))
+
+
+def write_data(folder):
+    """Draw the scenes below `folder`. Raises InputError where nothing can be written."""
+    try:
+        write_ade(folder / "ade")
+    except OSError as error:
+        raise engine.InputError(f"--output_dir {error.filename or folder}: {error.strerror}") from error
+
+
+def report(folder):
+    """Print the results of the runs in `folder` and write a picture of both beside the truth. Raises InputError."""
+    found = {}
+    for start in STARTS:
+        records = read_results(folder / "seg" / start)
+        engine.need(records, f"{folder / 'seg' / start / 'results.json'}: no results; ./run.sh dense_demo makes them")
+        found[start] = records[-1]
+    settings = found["random"]["settings"]
+    print(f"UPerNet, {settings['iterations']} updates of {settings['total_batch']} images, from pre-trained and random weights\n"
+          f"{'start':<12}{'mIoU':>8}{'mAcc':>8}{'aAcc':>8}")
+    for start, record in found.items():
+        print(f"{start:<12}" + "".join(f"{record['metrics'][name]:>8.2f}" for name in ("mIoU", "mAcc", "aAcc")))
+    pairs = read_pairs(settings["data_path"], "validation")[:SHOWN]
+    names = class_names(settings["data_path"], settings["num_classes"])
+    networks = [load_segmenter(folder / "seg" / start / engine.CHECKPOINT)[:2] for start in STARTS]
+    write_pictures(networks, pairs, names, torch.device("cpu"), None, folder / "segmentations.png")
+    print(f"{folder / 'segmentations.png'}: images, the truth, from pre-trained and from random weights", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("command", choices=("data", "report"))
+    parser.add_argument("--output_dir", required=True, type=Path)
+    args = parser.parse_args()
+    {"data": write_data, "report": report}[args.command](args.output_dir)
+
+
+if __name__ == "__main__":
+    engine.run(main)
