@@ -1,4 +1,4 @@
-"""A first run of dense tasks: drawn shapes in the layout of ADE20K, and what a pre-trained network makes of them.
+"""A first run of dense tasks: drawn shapes in the layouts of ADE20K and COCO, and what a pre-trained network makes of them.
 
     python analysis/dense_demo.py data --output_dir data/shapes
     python analysis/dense_demo.py report --output_dir work_dirs/dense_demo
@@ -6,6 +6,7 @@
 `./run.sh dense_demo` calls the first, then trains from pre-trained and from random weights, then calls the second.
 """
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,10 @@ from PIL import Image
 
 import engine
 from evaluation.common.results import read_results
-from evaluation.common.shapes import NAMES, draw_scene
+from evaluation.common.shapes import NAMES, as_annotations, draw_scene
+from evaluation.object_detection.coco import ValidationImages
+from evaluation.object_detection.detection import drawn_examples, drawn_truth, load_detector
+from evaluation.object_detection.draw import write_picture
 from evaluation.semantic_segmentation.ade20k import class_names, read_pairs
 from evaluation.semantic_segmentation.segmentation import load_segmenter, write_pictures
 
@@ -50,10 +54,29 @@ def write_ade(folder):
     print(f"{folder}: " + ", ".join(f"{count} {split} images" for split, count in SCENES.items()))
 
 
+def write_coco(folder):
+    """The same scenes in FOLDER/{train2017,val2017}, with their polygons in FOLDER/annotations."""
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    for number, (split, count) in enumerate(SCENES.items()):
+        split, images, annotations = {"training": "train", "validation": "val"}[split], [], []
+        for i in range(count):
+            rng = np.random.default_rng((number, i))
+            width, height = (int(side) for side in rng.integers(*SIDES, 2))
+            image, polygons, labels, boxes, masks, _ = draw_scene(rng, width, height)
+            save(image, folder / f"{split}2017" / f"{i:04}.jpg")
+            images.append({"id": i, "file_name": f"{i:04}.jpg", "width": width, "height": height})
+            annotations += as_annotations(i, len(annotations) + 1, polygons, labels, boxes, masks)
+        categories = [{"id": i, "name": name} for i, name in enumerate(NAMES, 1)]
+        (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(
+            {"info": {}, "images": images, "annotations": annotations, "categories": categories}))
+    print(f"{folder}: the same with boxes and polygons")
+
+
 def write_data(folder):
     """Draw the scenes below `folder`. Raises InputError where nothing can be written."""
     try:
         write_ade(folder / "ade")
+        write_coco(folder / "coco")
     except OSError as error:
         raise engine.InputError(f"--output_dir {error.filename or folder}: {error.strerror}") from error
 

@@ -11,7 +11,8 @@
 
 These are the published commands' values, taken by the network's name. The reference's files say 36 epochs, drops at 27 and
 33 and a decay of 0.75 (S), 0.65 (B); the paper tries 0.65, 0.75, 0.8 and 0.9. Writes `log.txt`, TensorBoard's events,
-`checkpoint.pth` at each epoch and, at the end, AP of the validation set into results.json, and `detections.png`.
+`checkpoint.pth` at each epoch and, at the end, AP of the validation set into results.json, and `detections.png`: some of
+its images, above with their true objects, below with those found.
 """
 import sys
 import time
@@ -41,18 +42,23 @@ from evaluation.object_detection.detection import (
     OVERRIDES,
     PROGRESS,
     described,
+    drawn_examples,
+    drawn_truth,
     evaluate,
     new_detector,
     recipe_of,
     to_device,
     training_parser,
-    write_examples,
 )
+from evaluation.object_detection.draw import write_picture
 
 METERS = ("loss", *LOSSES, "grad_norm")
 RECORDED = ("epochs", "drops", "warmup_iters", "lr", "weight_decay", "layer_decay", "drop_path", "grid", "final_norm",
             "flip", "short_sides", "long_side", "crop_sides", "crop_range", "test_side", "channels", "hidden", "sampled",
             "train_proposals", "test_proposals", "seed")  # flags that set results apart
+
+
+SHOWN = 4  # validation images that are drawn at the end
 
 
 class Training(NamedTuple):
@@ -185,7 +191,8 @@ def train_detector(args, run):
     metrics = evaluate(detector, test_images, process, amp_dtype, args.num_workers, partial(run.fetch, training=False))
     if run.is_main:
         print(f"training and evaluation: {engine.eta_string(time.time() - start_time)}; {described(metrics)}", flush=True)
-        write_examples(detector, test_images, amp_dtype, run.folder / "detections.png")
+        write_picture([drawn_truth(test_images, SHOWN), drawn_examples(detector, test_images, amp_dtype, SHOWN)],
+                      run.folder / "detections.png")
         append_result(results_folder(args), "coco", args.pretrained_weights, args.checkpoint_key, settings, metrics)
     run.progress["metrics"] = metrics
     run.save()
