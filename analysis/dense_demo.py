@@ -89,7 +89,7 @@ def report(folder):
         engine.need(records, f"{folder / 'seg' / start / 'results.json'}: no results; ./run.sh dense_demo makes them")
         found[start] = records[-1]
     settings = found["random"]["settings"]
-    print(f"UPerNet, {settings['iterations']} updates of {settings['total_batch']} images, from pre-trained and random weights\n"
+    print(f"UPerNet after {settings['iterations']} updates of {settings['total_batch']} images\n"
           f"{'start':<12}{'mIoU':>8}{'mAcc':>8}{'aAcc':>8}")
     for start, record in found.items():
         print(f"{start:<12}" + "".join(f"{record['metrics'][name]:>8.2f}" for name in ("mIoU", "mAcc", "aAcc")))

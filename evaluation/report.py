@@ -28,7 +28,8 @@ TRANSFER = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "inat2018": "iNatura
             "flowers": "Flowers", "cars": "Cars"}
 PROTOCOLS |= {f"transfer_{name}": f"transfer, {title}" for name, title in TRANSFER.items()}
 PROTOCOLS |= {"retrieval_roxford5k": "Oxford retrieval", "retrieval_rparis6k": "Paris retrieval",
-              "copy_detection": "Copydays", "coco": "detection on COCO"}
+              "copy_detection": "Copydays", "coco": "detection on COCO",
+              "ade20k_upernet": "ADE20K, UPerNet", "ade20k_linear": "ADE20K, linear"}
 TRAINED = ("linear", "linear_solo", "linear_part", "finetune", "semi_supervised",
            *(f"transfer_{name}" for name in TRANSFER))
 
@@ -99,6 +100,19 @@ PUBLISHED_COCO = (
 )
 COCO_METRICS = ("bbox_AP", "bbox_AP50", "bbox_AP75", "segm_AP", "segm_AP50", "segm_AP75")
 COCO_IMAGES = (117266, 5000)  # for training, for validation
+# Segmentation of ADE20K, percent: network, pre-training, mIoU and mAcc of UPerNet, the same of the linear head (Tables 6,
+# 14). The Swin's rows are of its and MoBY's authors.
+PUBLISHED_ADE = (
+    ("vit_small", 16, "iBOT, 800 epochs", 45.4, 56.2, None, None),
+    ("vit_small", 16, "supervised", 44.5, 55.5, None, None),
+    ("vit_base", 16, "iBOT, 400 epochs", 50.0, 60.3, 38.3, 48.0),
+    ("vit_base", 16, "supervised", 46.6, 57.0, 35.4, 44.6),
+    ("vit_base", 16, "BEiT", 45.8, 55.9, 27.4, 35.5),
+    ("vit_base", 16, "DINO", 46.8, 57.1, 34.5, 43.7),
+    ("swin_tiny", 7, "supervised", 44.5, None, None, None),
+    ("swin_tiny", 7, "MoBY", 44.1, None, None, None),
+)
+ADE_COLUMNS, ADE_IMAGES = {"ade20k_upernet": 3, "ade20k_linear": 5}, (20210, 2000)
 PUBLISHED_CLUSTERS = {"acc": 43.4, "ari": 32.8, "nmi": 78.6, "fmi": 35.6}
 
 
@@ -181,6 +195,11 @@ def paper(record):
         row = next((row for row in PUBLISHED_COCO if row[:2] == which and row[2].startswith("iBOT")), ())
         compares = (settings.get("train_images"), settings.get("val_images")) == COCO_IMAGES
         return dict(zip(COCO_METRICS, row[3:], strict=False)), compares
+    if protocol in ADE_COLUMNS:
+        row = next((row for row in PUBLISHED_ADE if row[:2] == which and row[2].startswith("iBOT")), None)
+        values = row[ADE_COLUMNS[protocol]:][:2] if row else ()
+        compares = (settings.get("train_images"), settings.get("val_images")) == ADE_IMAGES
+        return {name: value for name, value in zip(("mIoU", "mAcc"), values, strict=False) if value}, compares
     if settings.get("dataset", "imagefolder") != "imagefolder":
         return {}, False
     train, compares = settings.get("train_images"), settings.get("val_images") == VAL_IMAGES
@@ -237,7 +256,8 @@ def result_tables(records, outdated):
             if shown and not compares:
                 beside = f"({beside})"
                 what = ("the whole data set and whole queries" if record["protocol"] in RETRIEVAL else
-                        "all of COCO" if record["protocol"] == "coco" else "ImageNet-1K")
+                        "all of COCO" if record["protocol"] == "coco" else
+                        "all of ADE20K" if record["protocol"] in ADE_COLUMNS else "ImageNet-1K")
                 notes[what] = f"( ) the paper's number is for {what}, this result for other images: they do not compare"
             text = engine.printable(text)
             if "top1" in metrics:
@@ -291,6 +311,15 @@ def coco_table(records):
     return [["network", "pre-training", *(name.replace("bbox_", "boxes ").replace("segm_", "masks ")
                                           for name in COCO_METRICS)]] + [
         [f"{arch}/{size}", what, *(f"{value:.1f}" for value in values)] for arch, size, what, *values in PUBLISHED_COCO]
+
+
+def ade_table(records):
+    """[header, rows...] of published numbers of ADE20K, if there is a result of `records` for it, else []."""
+    if not any(record["protocol"] in ADE_COLUMNS for record in records):
+        return []
+    return [["network", "pre-training", "UPerNet mIoU", "mAcc", "linear mIoU", "mAcc"]] + [
+        [f"{arch}/{size}", what, *(f"{value:.1f}" if value else "-" for value in values)]
+        for arch, size, what, *values in PUBLISHED_ADE]
 
 
 def as_text(table):
@@ -370,8 +399,12 @@ def report(output_dir):
     text += ["Objects in the videos of DAVIS 2017:", as_markdown(video)] if video else []
     coco = coco_table(records)
     text += ["Detection on COCO, Cascade Mask R-CNN, single scale:", as_markdown(coco)] if coco else []
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.glob("det/*/detections.png"))
-    text += ["## Detections", *(f"![{name}]({name})" for name in found)] if found else []
+    ade = ade_table(records)
+    text += ["Segmentation of ADE20K, single scale:", as_markdown(ade)] if ade else []
+    for title, pattern in (("Detections", "det/*/detections.png"),
+                           ("Segmentations: images, truth, prediction", "seg*/*/segmentations.png")):
+        found = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+        text += [f"## {title}", *(f"![{name}]({name})" for name in found)] if found else []
     text += ["## Curves"] + ([f"![{title}](pictures/{name}.png)" for name, (title, _) in pictures.items()] or ["No logs."])
     text += ["## Settings", *(settings_text(record) for record in records)]
     try:
@@ -389,6 +422,7 @@ def report(output_dir):
     parts += [f"Published mAP of retrieval and copy detection\n{as_text(retrieval)}"] if retrieval else []
     parts += [f"Published numbers of DAVIS 2017\n{as_text(video)}"] if video else []
     parts += [f"Published numbers of detection on COCO\n{as_text(coco)}"] if coco else []
+    parts += [f"Published numbers of segmentation of ADE20K\n{as_text(ade)}"] if ade else []
     parts += [f"written: {folder / 'report.md'}" + "".join(f", {folder / 'pictures' / name}.png" for name in pictures)]
     print("\n\n".join(parts), flush=True)
 

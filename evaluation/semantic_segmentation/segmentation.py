@@ -125,7 +125,7 @@ def new_segmenter(args, key, content):
     """
     arch = str(args.arch or engine.stored_args(content, args.pretrained_weights).get("arch", "vit_small"))
     recipe, known = recipe_of(args.head, arch)
-    args = Namespace(**filled(vars(args), recipe))
+    args = Namespace(**filled(vars(args) | ({"width": None} if args.head == "linear" else {}), recipe))
     patch = 4 if arch.startswith("swin") else args.patch_size or engine.stored_args(
         content, args.pretrained_weights).get("patch_size", 16)
     engine.need(type(patch) is int and patch > 0 and args.crop_size % patch == 0,
