@@ -11,11 +11,13 @@ from dense_data import make_coco
 from PIL import Image
 
 import engine
+from analysis import dense_demo
 from evaluation import report
 from evaluation.common.reference_flags import override_words
 from evaluation.object_detection import test as test_script
 from evaluation.object_detection import train as train_script
-from evaluation.object_detection.detection import OVERRIDES, load_detector, recipe_of, training_parser
+from evaluation.object_detection.coco import ValidationImages, truth_of
+from evaluation.object_detection.detection import OVERRIDES, drawn_truth, load_detector, recipe_of, training_parser
 
 pytest.importorskip("pycocotools")
 SMALL = ["--arch", "vit_nano", "--pretrained_weights", "random", "--device", "cpu", "--num_workers", "0", "--channels", "32",
@@ -55,14 +57,14 @@ def pair(tmp_path_factory):
 
 
 def test_two_images_are_learnt_by_heart(pair, tmp_path, capsys):
-    words = ("--epochs", 60, "--batch_size_per_gpu", 1, "--accum_iter", 1, "--flip", 0, "--crop_range", 96, 96, "--lr", 2e-3,
+    words = ("--epochs", 40, "--batch_size_per_gpu", 1, "--flip", 0, "--crop_range", 96, 96, "--lr", 2e-3,
              "--drops", "--warmup_iters", 10, "--layer_decay", 1, "--drop_path", 0)
     [record] = train(pair, tmp_path / "o", *words)
     assert record["protocol"] == "coco" and record["metrics"]["bbox_AP50"] > 95 and record["metrics"]["segm_AP50"] > 95
     out = capsys.readouterr().out
     assert "warning: a batch of 1 images, the recipe's rate is for 32" in out and "eta" in out
     lines = [json.loads(line) for line in (tmp_path / "o" / "log.txt").read_text().splitlines()]
-    assert lines[-1]["train_loss"] < 0.3 * lines[0]["train_loss"]
+    assert lines[-1]["train_loss"] < 0.5 * lines[0]["train_loss"]
 
     # Alone, of the finished checkpoint: the same numbers and settings.
     checkpoint = tmp_path / "o" / "checkpoint.pth"
@@ -184,6 +186,7 @@ def test_schedule():
     rates = train_script.schedule(1e-4, 12, 1000, [8, 11], 500)
     factors = rates / 1e-4
     assert factors[[0, 250, 500, 7999, 8000, 10999, 11000]] == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01])
+    assert train_script.schedule(1e-4, 2, 3, [], 0).tolist() == [1e-4] * 6
 
 
 @pytest.mark.parametrize("arch, factors", [("vit_small", (0.05498, 0.06872, 0.8)), ("vit_base", (0.02376, 0.03168, 0.75))])
@@ -225,6 +228,23 @@ def test_run_sh_has_a_row():
     for part in ("evaluation/object_detection/train.py", "--data_path data/coco", "--output_dir work_dirs/J/det/teacher",
                  "--results_dir work_dirs/J", "lr_config.step=8", "--load_from auto"):
         assert part in line
+
+
+def test_the_demonstrations_scenes_are_found_in_coco(tmp_path, monkeypatch):
+    """The polygons that are written give the masks that were drawn, and boxes around them."""
+    monkeypatch.setattr(dense_demo, "SCENES", {"training": 2, "validation": 3})
+    dense_demo.write_coco(tmp_path)
+    images = ValidationImages(tmp_path)
+    assert len(images) == 3 and images.categories.names == list(dense_demo.NAMES)
+    for index in range(3):
+        rng = np.random.default_rng((1, index))
+        width, height = (int(side) for side in rng.integers(*dense_demo.SIDES, 2))
+        *_, labels, boxes, masks, _ = dense_demo.draw_scene(rng, width, height)
+        truth = truth_of(images.record(index))
+        assert truth["labels"].tolist() == labels.tolist() and truth["boxes"].tolist() == boxes.tolist()
+        found = truth["masks"].bool().numpy()
+        assert ((found & masks).sum(axis=(1, 2)) / (found | masks).sum(axis=(1, 2)) > 0.8).all()
+    assert len(drawn_truth(images, 2)) == 2
 
 
 def test_numbers_beside_the_papers(tmp_path):

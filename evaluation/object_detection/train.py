@@ -87,7 +87,7 @@ def schedule(lr, epochs, steps, drops, warmup):
     """Rate of every update, float64 [epochs * steps]: a tenth from the start of each epoch of `drops`, times a linear
     warm-up of `warmup` updates from a thousandth (mmdetection's "step")."""
     update = np.arange(epochs * steps)
-    falls = sum((update // steps >= drop).astype(int) for drop in set(drops)) if drops else 0
+    falls = np.sum([update // steps >= drop for drop in set(drops)] or [0 * update], axis=0)
     ramp = 1 - (1 - np.minimum(update / max(warmup, 1), 1)) * (1 - 0.001)
     return lr * 0.1 ** falls * (ramp if warmup else 1)
 
