@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, pages are short, flags and names are there, the example runs."""
+"""The documentation: links lead somewhere, pages are short, flags, names and files are there, the example runs."""
 import importlib
 import re
 from pathlib import Path
@@ -59,6 +59,13 @@ def test_names_and_files_are_there():
             assert name == "py" or hasattr(importlib.import_module(module), name), f"{page}: {module}.{name}"
         for name in re.findall(r"`((?:evaluation|analysis|benchmarks|tests|engine|models|docs)/[\w/.]+\.(?:py|sh|md))`", text):
             assert (ROOT / name).exists() or name == TOY, f"{page}: {name}"
+
+
+def test_the_picture_has_every_file():
+    picture = (ROOT / "docs/images/architecture.svg").read_text()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("engine/[a-z]*.py")]:
+        name = "extract_backbone" if path.stem.startswith("extract_backbone") else path.name
+        assert f">{name}" in picture, name
 
 
 def test_the_added_evaluation_runs(digits, tmp_path, monkeypatch, capsys):
