@@ -317,17 +317,3 @@ def stored_args(checkpoint, path):
     if not isinstance(stored, dict):
         raise InputError(f"checkpoint {path}: its args are a {type(stored).__name__}")
     return stored
-
-
-def load_pretraining(path):
-    """`load_checkpoint` for a file to resume from. Raises InputError when an entry is missing or of another kind."""
-    checkpoint = load_checkpoint(path)
-    kinds = {"student": dict, "teacher": dict, "optimizer": dict, "epoch": int, "ibot_loss": dict}
-    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    if missing:
-        raise InputError(f"checkpoint {path} is no pre-training checkpoint: it lacks {', '.join(missing)}")
-    if isinstance(checkpoint["epoch"], bool) or not 0 <= checkpoint["epoch"] < 2**31:
-        raise InputError(f"checkpoint {path}: its epoch is {printable(checkpoint['epoch'])}")
-    stored_args(checkpoint, path)
-    return checkpoint
-
