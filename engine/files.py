@@ -142,7 +142,8 @@ def changed_flags(flags, checkpoint, free=FREE_FLAGS):
     """{name: line that says so} of the `flags` (values by name), but `free` ones, that a checkpoint's run had otherwise."""
     then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
     return {name: f"note: --{name} is {value}, the checkpoint's run had {printable(then[name])}"
-            for name, value in flags.items() if name not in free and name in then and _short.repr(then[name]) != _short.repr(value)}
+            for name, value in flags.items()
+            if name not in free and name in then and _short.repr(then[name]) != _short.repr(value)}
 
 
 def notes_of_epoch(progress, again, images, processes):
