@@ -315,9 +315,9 @@ dense_demo() {
         [ $start = random ] || weights=$trained
         run "$python" "${at}evaluation/object_detection/train.py" --pretrained_weights "$weights" \
             --arch vit_nano --patch_size 4 --data_path "$scenes/coco" --output_dir "$output/det/$start" \
-            --grid 24 24 --short_sides 64 80 96 --long_side 144 --crop_sides 96 112 --crop_range 64 96 --test_side 96 \
+            --grid 16 24 --short_sides 64 --long_side 96 --crop_sides 64 80 --crop_range 48 64 --test_side 64 \
             --channels 32 --hidden 64 --sampled 64 --train_proposals 200 --test_proposals 100 --lr 2e-3 --layer_decay 1 \
-            --drop_path 0 --epochs 8 --drops 6 --warmup_iters 20 --batch_size_per_gpu 4 --num_workers 1 --print_freq 30 \
+            --drop_path 0 --epochs 3 --drops 2 --warmup_iters 20 --batch_size_per_gpu 4 --num_workers 1 --print_freq 30 \
             --use_fp16 false --overwrite true "$@"
         run "$python" "${at}evaluation/semantic_segmentation/train.py" --pretrained_weights "$weights" \
             --arch vit_nano --patch_size 4 --data_path "$scenes/ade" --num_classes 4 --output_dir "$output/seg/$start" \

@@ -121,7 +121,7 @@ def load_detector(path):
     grid, names, ids = network.get("grid"), categories.get("names"), categories.get("ids")
     numbers = [*(network.get(name) for name in NETWORK), *(grid if isinstance(grid, list) else ())]
     if (network.get("arch") not in models.ARCHS
-            or not all(type(number) is int and 1 <= number <= 2**14 for number in numbers)
+            or not all(type(number) is int and 1 <= number <= 2**12 for number in numbers)
             or grid is not None and (not isinstance(grid, list) or len(grid) != 2)
             or not {"checkpoint", "key"} <= content["source"].keys()
             or not (isinstance(names, list) and isinstance(ids, list) and 1 <= len(names) == len(ids) <= 2**14)):
