@@ -5,8 +5,8 @@ set -euo pipefail
 usage() {
     cat <<'EOF'
 usage: ./run.sh quickstart [flags]   pre-train a small ViT on handwritten digits (minutes on a CPU) and evaluate it
-       ./run.sh dense_demo [flags]   train segmentation of drawn shapes from quickstart's network, or that of PRETRAINED, and
-                                     from random weights; the flags go to both trainings
+       ./run.sh dense_demo [flags]   train detection and segmentation of drawn shapes from quickstart's network, or that of
+                                     PRETRAINED, and from random weights; the flags go to all four trainings
        ./run.sh test [flags]         run the tests; the flags go to pytest
        ./run.sh TYPE JOB_NAME ARCH KEY GPUS [flags]
        ./run.sh report JOB_NAME      print the results of a job beside the paper's; write report.md with curves there
@@ -313,6 +313,12 @@ dense_demo() {
     for start in pretrained random; do
         local weights=random
         [ $start = random ] || weights=$trained
+        run "$python" "${at}evaluation/object_detection/train.py" --pretrained_weights "$weights" \
+            --arch vit_nano --patch_size 4 --data_path "$scenes/coco" --output_dir "$output/det/$start" \
+            --grid 16 24 --short_sides 64 --long_side 96 --crop_sides 64 80 --crop_range 48 64 --test_side 64 \
+            --channels 32 --hidden 64 --sampled 64 --train_proposals 200 --test_proposals 100 --lr 2e-3 --layer_decay 1 \
+            --drop_path 0 --epochs 3 --drops 2 --warmup_iters 20 --batch_size_per_gpu 4 --num_workers 1 --print_freq 30 \
+            --use_fp16 false --overwrite true "$@"
         run "$python" "${at}evaluation/semantic_segmentation/train.py" --pretrained_weights "$weights" \
             --arch vit_nano --patch_size 4 --data_path "$scenes/ade" --num_classes 4 --output_dir "$output/seg/$start" \
             --crop_size 64 --short_side 64 --long_side 256 --slide_stride 43 --width 32 --lr 1e-3 --layer_decay 1 \

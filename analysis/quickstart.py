@@ -25,7 +25,7 @@ from evaluation.common.charts import draw_curves, loss_curves, read_log
 from evaluation.common.data import eval_transform, image_folders
 from evaluation.common.features import extract_features, pool_features, sharded_loader
 from evaluation.common.knn import knn_classify, topk_accuracy
-from images import BadImage, ImageFolderInstance, denormalize, normalize
+from images import BadImage, ImageFolderInstance, denormalize, load_rgb, normalize
 from pictures import CROPS, TILE, fit, save_grid
 
 K, SHOWN = 10, 5  # neighbours that vote, and that are drawn
@@ -150,11 +150,11 @@ def draw_neighbours(features, train, val, path):
     Frames: green where the neighbour is of the query's class, red where it is not.
     """
     queries, shown = spread(len(val)), min(SHOWN, len(train))
-    rows = [[framed(val.load(query)[0], "white")] for query in queries]
+    rows = [[framed(load_rgb(val.samples[query][0]), "white")] for query in queries]
     for (train_features, train_labels), (val_features, val_labels) in features.values():
         tests, bank = (torch.nn.functional.normalize(x.float(), dim=1) for x in (val_features[queries], train_features))
         for row, query, places in zip(rows, queries, (tests @ bank.T).topk(shown).indices.tolist(), strict=True):
-            row += [framed(train.load(i)[0],
+            row += [framed(load_rgb(train.samples[i][0]),
                            "#2ca02c" if train_labels[i] == val_labels[query] else "#d62728") for i in places]
     save_grid(rows, ["query"] + [f"{name}: {i + 1}" for name in features for i in range(shown)], path)
 

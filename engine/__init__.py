@@ -6,7 +6,6 @@ from engine.checkpoint import (
     load_backbone,
     load_checkpoint,
     load_optimizer,
-    load_pretraining,
     load_scaler,
     load_strictly,
     locked,

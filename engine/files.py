@@ -1,6 +1,7 @@
 """Files in the folder of a run: their names, whether the folder can be used, which checkpoint to go on from."""
 import argparse
 import os
+import reprlib
 import shutil
 import sys
 from dataclasses import dataclass
@@ -133,11 +134,16 @@ def find_checkpoint(paths, read):
     return None, None
 
 
+_short = reprlib.Repr()  # of foreign values, however deep
+_short.maxstring = _short.maxother = _short.maxlist = 4000
+
+
 def changed_flags(flags, checkpoint, free=FREE_FLAGS):
     """{name: line that says so} of the `flags` (values by name), but `free` ones, that a checkpoint's run had otherwise."""
     then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
     return {name: f"note: --{name} is {value}, the checkpoint's run had {printable(then[name])}"
-            for name, value in flags.items() if name not in free and name in then and repr(then[name]) != repr(value)}
+            for name, value in flags.items()
+            if name not in free and name in then and _short.repr(then[name]) != _short.repr(value)}
 
 
 def notes_of_epoch(progress, again, images, processes):

@@ -3,23 +3,16 @@ import json
 
 import numpy as np
 
-from evaluation.common.shapes import draw_scene
+from evaluation.common.shapes import as_annotations, draw_scene
 
 CATEGORIES = [{"id": 1, "name": "disc"}, {"id": 3, "name": "triangle"}, {"id": 90, "name": "square"}]
-
-
-def polygon_of(points):
-    return [round(float(v), 2) for point in points for v in point]
 
 
 def scene(rng, width, height, image_id, annotations):
     """A drawn image; its shapes are added to `annotations`."""
     image, polygons, labels, boxes, masks, _ = draw_scene(rng, width, height)
-    for polygon, label, box, mask in zip(polygons, labels, boxes, masks, strict=True):
-        x1, y1, x2, y2 = box.tolist()
-        annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": CATEGORIES[label]["id"],
-                            "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "iscrowd": 0,
-                            "segmentation": [polygon_of(polygon)]})
+    for annotation in as_annotations(image_id, len(annotations) + 1, polygons, labels, boxes, masks):
+        annotations.append({**annotation, "category_id": CATEGORIES[annotation["category_id"] - 1]["id"]})
     return image
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -174,57 +175,59 @@ def archive(path, content, compression=zipfile.ZIP_STORED, data=bytes(16), **mor
 
 LAUGHS = op(("x",) * 2) + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))  # 2**61 values
 CLAIMS = {
-    "terabytes in a record of 16 bytes": (tensor(elements=2**40), "claims another size"),
-    "one element more than the record": (tensor(elements=5, shape=(5,)), "claims another size"),
-    "no such record": (tensor(key="7"), "claims another size"),
-    "another type": (tensor(kind="torch DoubleStorage"), "claims another size"),
+    "terabytes in a record of 16 bytes": (tensor(elements=2**40), "cannot be read safely"),
+    "one element more than the record": (tensor(elements=5, shape=(5,)), "cannot be read safely"),
+    "no such record": (tensor(key="7"), "cannot be read safely"),
+    "another type": (tensor(kind="torch DoubleStorage"), "cannot be read safely"),
     "stride 0": (tensor(shape=(2**40,), stride=(0,)), "the file has 4 values for a tensor"),
     "stride 0 in one of two dimensions": (tensor(shape=(4, 4), stride=(1, 0)), "the file has 4 values for a tensor"),
-    "beyond the end": (tensor(offset=1), "the file has 4 values for a tensor"),
-    "a stride too long": (tensor(shape=(2,), stride=(4,)), "the file has 4 values for a tensor"),
-    "negative offset": (tensor(offset=-1), "shape is damaged"),
-    "negative stride": (tensor(offset=3, stride=(-1,)), "shape is damaged"),
-    "negative size": (tensor(shape=(-4,)), "shape is damaged"),
-    "overflow": (tensor(shape=(2**62, 4), stride=(4, 1)), "shape is damaged"),
-    "empty with a long side": (tensor(shape=(0, 2**60), stride=(1, 1)), "the file has 4 values for a tensor"),
-    "size and stride differ": (tensor(shape=(2, 2)), "shape is damaged"),
-    "shape of text": (tensor(shape=("4",)), "shape is damaged"),
-    "hooks": (tensor(hooks={"a": 1}), "torch._utils._rebuild_tensor_v2 in a way"),
-    "no storage": (call("torch._utils _rebuild_tensor_v2", 1, 0, (1,), (1,), False, {}), "in a way"),
+    "beyond the end": (tensor(offset=1), "cannot be read safely"),
+    "a stride too long": (tensor(shape=(2,), stride=(4,)), "cannot be read safely"),
+    "negative offset": (tensor(offset=-1), "cannot be read safely"),
+    "negative stride": (tensor(offset=3, stride=(-1,)), "cannot be read safely"),
+    "negative size": (tensor(shape=(-4,)), "cannot be read safely"),
+    "overflow": (tensor(shape=(2**62, 4), stride=(4, 1)), "cannot be read safely"),
+    "empty with a long side": (tensor(shape=(0, 2**60), stride=(1, 1)), "holds no backbone"),
+    "size and stride differ": (tensor(shape=(2, 2)), "cannot be read safely"),
+    "shape of text": (tensor(shape=("4",)), "cannot be read safely"),
+    "hooks": (tensor(hooks={"a": 1}), "holds no backbone"),
+    "no storage": (call("torch._utils _rebuild_tensor_v2", 1, 0, (1,), (1,), False, {}), "cannot be read safely"),
     "bytes": (call("__builtin__ bytearray", 2**37), "it holds __builtin__.bytearray"),
     "tensor by size": (call("torch FloatTensor", 2**37), "it holds torch.FloatTensor"),
     "storage by size": (call("torch.storage UntypedStorage", 2**37), "it holds torch.storage.UntypedStorage"),
     "meta": (call("torch._utils _rebuild_meta_tensor_no_storage", 1, (2**40,), (1,), False), "_rebuild_meta"),
-    "codec": (call("_codecs encode", "x" * 99, "idna"), "_codecs.encode in a way"),
-    "objects of numpy": (call("numpy.core.multiarray scalar", call("numpy dtype", "O8", 0, 1), "x"), "numpy.dtype in a way"),
+    "sparse": (call("torch._utils _rebuild_sparse_tensor", 1, ()), "it holds torch._utils._rebuild_sparse_tensor"),
+    "type": (call("torch QUInt8Storage", 4), "it holds torch.QUInt8Storage"),
+    "codec": (call("_codecs encode", "x" * 99, "idna"), "cannot be read safely"),
+    "objects of numpy": (call("numpy.core.multiarray scalar", call("numpy dtype", "O8", 0, 1), "x"), "other than float64"),
     "type of numpy": (call("numpy dtype", "f8", 0, 1) + op((3, "<", None, None, None, 2**40, 1, 0)) + b"b", "float64"),
-    "number of numpy": (call("numpy.core.multiarray scalar", call("numpy dtype", "f8", 0, 1), "x"), "in a way"),
-    "class as a value": (name("argparse Namespace"), "it holds argparse.Namespace"),
-    "namespace of no dictionary": (name("argparse Namespace") + b")\x81" + op((None, {"a": 1})) + b"b", "damaged"),
-    "nested lists": (b"]" * 10**5 + b"a" * (10**5 - 1), "nested more than"),
-    "nested tuples": (b")" + b"\x85" * 10**5, "nested more than"),
-    "nested dictionaries": ((b"}" + op("a")) * 10**4 + b"N" + b"s" * 10**4, "nested more than"),
-    "2**61 values": (LAUGHS, "nested more than"),
-    "2**20 values": (op(("x",) * 1024) + b"q\1" + b"(" + b"h\1" * 1024 + b"t", "more than 1000000 values"),
-    "key of 2**61 values": (b"}" + LAUGHS + b"Ns", "nested more than"),
-    "tuple as a key": (b"})Ns", "keys that are no text"),
-    "list in itself": (b"]q\1h\1a", "changes a container"),
-    "dictionary in itself": (b"}q\1" + op("a") + b"h\1s", "changes a container"),
-    "odd dictionary": (b"}(NNNu", "keys that are no text"),
-    "list set as a dictionary": (b"]" + op("a") + b"Ns", "damaged"),
-    "empty stack": (b"0aaa", "operation POP"),
+    "pointer of numpy": (call("numpy.core.multiarray scalar", call("numpy dtype", "f8", 0, 1) + op(
+        (3, "<", None, None, None, -1, -1, 4)) + b"b", call("_codecs encode", "A" * 8, "latin1")), "float64"),  # shows an address
+    "number of numpy": (call("numpy.core.multiarray scalar", call("numpy dtype", "f8", 0, 1), "x"), "cannot be read safely"),
+    "class as a value": (name("argparse Namespace"), "holds no network"),
+    "namespace of no dictionary": (name("argparse Namespace") + b")\x81" + op((None, {"a": 1})) + b"b", "holds no network"),
+    "nested lists": (b"]" * 10**5 + b"a" * (10**5 - 1), "holds no network"),
+    "nested tuples": (b")" + b"\x85" * 10**5, "holds no network"),
+    "nested dictionaries": ((b"}" + op("a")) * 10**4 + b"N" + b"s" * 10**4, "holds no network"),
+    "2**61 values": (LAUGHS, "holds no network"),
+    "tuple as a key": (b"})Ns", "holds no network"),
+    "list in itself": (b"]q\1h\1a", "holds no network"),
+    "dictionary in itself": (b"}q\1" + op("a") + b"h\1s", "holds no network"),
+    "odd dictionary": (b"}(NNNu", "damaged"),
+    "list set as a dictionary": (b"]" + op("a") + b"Ns", "cannot be read safely"),
+    "empty stack": (b"0aaa", "cannot be read safely"),
     "too few": (b"a", "damaged"),
     "no mark": (b"t", "cannot be read safely"),
     "unknown place": (b"h\7", "damaged"),
     "text that is cut": (b"X\xff\xff\xff\x7fabc", "expected 2147483647 bytes"),
     "unknown operation": (b"\xff", "opcode"),
-    "function by its number": (b"\x82\1", "operation EXT1"),
-    "old instance": (b"(" + op("touch ran") + b"ios\nsystem\n", "operation INST"),
-    "newer global": (op("os") + op("system") + b"\x93", "operation STACK_GLOBAL"),
-    "newer protocol": (b"\x80\4", "operation PROTO"),
+    "function by its number": (b"\x82\1", "cannot be read safely"),
+    "old instance": (b"(" + op("touch ran") + b"ios\nsystem\n", "cannot be read safely"),
+    "newer global": (op("os") + op("system") + b"\x93", "cannot be read safely"),
+    "newer protocol": (b"\x80\4", "has protocol 4"),
     "newer bytes": (b"\x96" + struct.pack("<Q", 2**37), "expected 137438953472 bytes"),
-    "persistent module": (op(("module", name("argparse Namespace"), "a", "b")) + b"Q", "damaged"),
-    "persistent text": (op("storage") + b"Q", "damaged"),
+    "persistent module": (op(("module", name("argparse Namespace"), "a", "b")) + b"Q", "cannot be read safely"),
+    "persistent text": (op("storage") + b"Q", "cannot be read safely"),
     "escapes": (b"cposix\nsystem\x1b[2J\n", "it holds posix.system\\x1b[2J"),
 }
 
@@ -232,7 +235,7 @@ CLAIMS = {
 @pytest.mark.parametrize("case", CLAIMS)
 def test_claims_of_a_pickle(refused, folder, case):
     content, words = CLAIMS[case]
-    archive(folder / "claims.pth", {"student": {"a": content}})
+    archive(folder / "claims.pth", {"teacher": {"a": content}})
     refused("claims.pth", words, *([] if case == "terabytes in a record of 16 bytes" else ["extract"]))
 
 
@@ -247,13 +250,13 @@ def test_what_training_writes_loads(tmp_path):
     shared = torch.randn(6)
     content = {"state": collections.OrderedDict(a=shared[1:4], b=shared.view(2, 3).t(), c=torch.tensor(3), d=torch.empty(0, 3)),
                "args": argparse.Namespace(a=[1, 2.5], b=None, c="ü\n", d=-2**70), 7: (True, b"\xff\0"),
-               "kinds": [torch.ones(3, dtype=t) for t in (torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float16)],
+               "rate": np.float64(0.1), "kinds": [torch.ones(3, dtype=t) for t in (torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float16)],
                "parameter": torch.nn.Parameter(torch.randn(2)), "network": torch.nn.BatchNorm1d(2).state_dict()}
     torch.save(content, tmp_path / "a.pth")
     loaded = engine.load_checkpoint(tmp_path / "a.pth")
     assert all(torch.equal(v, loaded["state"][k]) for k, v in content["state"].items())
     assert loaded["state"]["a"].data_ptr() == loaded["state"]["b"].data_ptr() + 4
-    assert loaded["args"] == content["args"] and loaded[7] == content[7] and "running_var" in loaded["network"]
+    assert loaded["args"] == content["args"] and loaded["rate"] == 0.1 and loaded[7] == content[7] and "running_var" in loaded["network"]
     assert [t.dtype for t in loaded["kinds"]] == [t.dtype for t in content["kinds"]]
 
 
@@ -376,8 +379,6 @@ def test_archives(refused, folder):
     refused("script.pth", "TorchScript", "extract")
     archive(folder / "order.pth", {"a": tensor()}, byteorder=b"middle")
     refused("order.pth", "cannot be read safely", "extract")
-    archive(folder / "many.pth", {"a": tensor()}, **{f"{i:05}{'a' * 200}": b"" for i in range(17000)})
-    refused("many.pth", "too long", "extract")
 
 
 # ---------------------------------------------------------------- dictionaries that do not hold what they should

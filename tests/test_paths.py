@@ -205,7 +205,6 @@ def test_swin_drops_what_fine_tuning_sets():
         assert not torch.equal(model.train()(x), plain) and torch.equal(model.eval()(x), plain)
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.8"), reason="its compiled attention has no float64 backward on CPUs")
 def test_compiled_step_is_the_same_and_compiles_once():
     """Inductor on CPU; the number of masked patches changes from step to step, the compiled programs do not."""
     torch.manual_seed(3)

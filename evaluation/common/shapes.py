@@ -52,3 +52,11 @@ def draw_scene(rng, width, height, most=3):
     for label, mask in zip(labels, masks, strict=True):
         classes[mask] = label + 1
     return image, polygons, np.array(labels), np.array(boxes, dtype=float), masks, classes
+
+
+def as_annotations(image_id, first_id, polygons, labels, boxes, masks):
+    """What COCO's annotations would say of a scene: a list of one dictionary a shape; category ids are labels + 1."""
+    return [{"id": first_id + i, "image_id": image_id, "category_id": int(label) + 1, "iscrowd": 0, "area": int(mask.sum()),
+             "bbox": [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])],
+             "segmentation": [[round(value, 2) for point in polygon for value in point]]}
+            for i, (polygon, label, box, mask) in enumerate(zip(polygons, labels, boxes, masks, strict=True))]

@@ -100,6 +100,18 @@ def decode_masks(segmentations, height, width):
     return torch.from_numpy(masks)
 
 
+def truth_of(record):
+    """{"boxes" [G, 4], "labels" int64 [G], "masks" uint8 [G, h, w]} of an image's record. Raises InputError for masks that
+    are none."""
+    try:
+        masks = decode_masks(record["segmentations"], record["height"], record["width"])
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise engine.InputError(f"annotations of {record['file_name']}: a mask is not as COCO has them "
+                                f"({engine.one_line(error)})") from error
+    return {"boxes": torch.tensor(record["boxes"], dtype=torch.float32).view(-1, 4),
+            "labels": torch.tensor(record["labels"], dtype=torch.int64), "masks": masks}
+
+
 class CocoImages(Dataset):
     """Images of a split and what is in them; `load` of the base of both data sets below.
 
@@ -121,9 +133,9 @@ class CocoImages(Dataset):
                 if split == "train" and (min(image["width"], image["height"]) < SMALLEST
                                          or not any(annotation["category_id"] in labels for annotation in own)):
                     continue
-                objects = objects_of(image, own, labels) if split == "train" else {}
                 aspects.append(image["width"] / image["height"])
-                records.append(json.dumps({name: image[name] for name in ("id", "file_name", "width", "height")} | objects))
+                records.append(json.dumps({name: image[name] for name in ("id", "file_name", "width", "height")}
+                                          | objects_of(image, own, labels)))
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise engine.InputError(f"{annotation_file(root, split)}: image {engine.printable(image)} or its annotations "
                                     f"are not as COCO has them ({engine.one_line(error)})") from error
@@ -138,7 +150,7 @@ class CocoImages(Dataset):
         return len(self.ends)
 
     def record(self, index):
-        """What the annotations say of an image: "id", "file_name", "width", "height"; in training `objects_of` too."""
+        """What the annotations say of an image: "id", "file_name", "width", "height", and its `objects_of`."""
         return json.loads(self.records[self.ends[index - 1] if index else 0:self.ends[index]].tobytes())
 
     def source(self, index):
@@ -171,14 +183,8 @@ class TrainingImages(CocoImages):
         epoch, place, index = item
         rng = np.random.default_rng((self.seed, epoch, place))
         image, record = load_or_replace(self, index, rng)
-        try:
-            masks = decode_masks(record["segmentations"], *image.shape[1:])
-        except (TypeError, ValueError, KeyError, IndexError) as error:
-            raise engine.InputError(f"{self.folder}: annotations of {record['file_name']}: a mask is not as COCO has them "
-                                    f"({engine.one_line(error)})") from error
-        boxes = torch.tensor(record["boxes"], dtype=torch.float32).view(-1, 4)
-        labels = torch.tensor(record["labels"], dtype=torch.int64)
-        image, boxes, labels, masks = self.augment(image, boxes, labels, masks, rng)
+        truth = truth_of(record)
+        image, boxes, labels, masks = self.augment(image, truth["boxes"], truth["labels"], truth["masks"], rng)
         return self.normalize(image), {"boxes": boxes, "labels": labels, "masks": masks.bool()}
 
 

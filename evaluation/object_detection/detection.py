@@ -14,8 +14,8 @@ import models
 from evaluation.common.arguments import int_from, probability
 from evaluation.common.dense import DenseBackbone, dense_parser, filled, load_dense_backbone
 from evaluation.object_detection.cascade import CascadeMaskRCNN, paste_mask
-from evaluation.object_detection.coco import Categories, as_results, average_precision, collate
-from evaluation.object_detection.draw import draw_detections, sheet
+from evaluation.object_detection.coco import Categories, as_results, average_precision, collate, truth_of
+from evaluation.object_detection.draw import draw_detections
 from images import PixelStats, check_pixel_stats, load_rgb
 
 # What the paper's numbers were made with (Appendix C and the published commands), for a batch of that many images; the
@@ -121,7 +121,7 @@ def load_detector(path):
     grid, names, ids = network.get("grid"), categories.get("names"), categories.get("ids")
     numbers = [*(network.get(name) for name in NETWORK), *(grid if isinstance(grid, list) else ())]
     if (network.get("arch") not in models.ARCHS
-            or not all(type(number) is int and 1 <= number <= 2**14 for number in numbers)
+            or not all(type(number) is int and 1 <= number <= 2**12 for number in numbers)
             or grid is not None and (not isinstance(grid, list) or len(grid) != 2)
             or not {"checkpoint", "key"} <= content["source"].keys()
             or not (isinstance(names, list) and isinstance(ids, list) and 1 <= len(names) == len(ids) <= 2**14)):
@@ -187,8 +187,15 @@ def evaluate(detector, dataset, process, amp_dtype, num_workers, fetch):
     return average_precision(dataset.root, results, [dataset.record(i)["id"] for i in range(len(dataset))])
 
 
-def write_examples(detector, dataset, amp_dtype, path, count=6):
-    """A picture of what the detector finds in the first of `ValidationImages`, beside one another."""
+def drawn_truth(dataset, count):
+    """The first of `ValidationImages` with what is in them drawn: PIL images."""
+    truths = [truth_of(dataset.record(index)) for index in range(min(count, len(dataset)))]
+    return [draw_detections(load_rgb(dataset.source(index)), truth, truth["masks"].bool(), dataset.categories.names)
+            for index, truth in enumerate(truths)]
+
+
+def drawn_examples(detector, dataset, amp_dtype, count):
+    """The same with what the detector finds."""
     pictures = []
     for index in range(min(count, len(dataset))):
         images, sizes, [record] = collate([dataset[index]])
@@ -196,7 +203,7 @@ def write_examples(detector, dataset, amp_dtype, path, count=6):
         [found] = detect(detector, images, sizes, [original], amp_dtype)
         pictures.append(draw_detections(load_rgb(dataset.source(index)), found, masks_of(found, *original),
                                         dataset.categories.names))
-    sheet([pictures[i:i + 3] for i in range(0, len(pictures), 3)]).save(path)
+    return pictures
 
 
 def described(metrics):

@@ -4,6 +4,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import draw_segmentation_masks
 
+import engine
 from evaluation.common.charts import COLOURS
 
 TILE = 360  # pixels, height of an image in a sheet
@@ -34,8 +35,8 @@ def draw_detections(image, found, masks, names, threshold=0.3):
     return image
 
 
-def sheet(rows, gap=8):
-    """Rows of PIL images, scaled to the same height, as one picture."""
+def write_picture(rows, path, gap=8):
+    """Rows of PIL images, scaled to the same height, as one PNG file. A full disk is a warning."""
     rows = [[image.resize((round(image.width * TILE / image.height), TILE)) for image in row] for row in rows]
     width = max(sum(image.width + gap for image in row) for row in rows) + gap
     picture = Image.new("RGB", (width, len(rows) * (TILE + gap) + gap), "white")
@@ -44,4 +45,7 @@ def sheet(rows, gap=8):
         for image in row:
             picture.paste(image, (x, gap + i * (TILE + gap)))
             x += image.width + gap
-    return picture
+    try:
+        picture.save(path)
+    except OSError as error:
+        engine.say_once(f"warning: {path} cannot be written ({error.strerror})")

@@ -10,8 +10,9 @@
     Swin-T               16              -          0.0             -
 
 These are the published commands' values, taken by the network's name. The reference's files say 36 epochs, drops at 27 and
-33 and a decay of 0.75 (S), 0.65 (B); the paper tries 0.65, 0.75, 0.8 and 0.9. Writes `log.txt`, TensorBoard's events,
-`checkpoint.pth` at each epoch and, at the end, AP of the validation set into results.json, and `detections.png`.
+33 and a decay of 0.75 (S), 0.65 (B), a Swin's 36 epochs a drop path of 0.2; the paper tries decays of 0.65, 0.75, 0.8, 0.9.
+Writes `log.txt`, TensorBoard's events, `checkpoint.pth` at each epoch and, at the end, AP of the validation set into
+results.json, and `detections.png`: some of its images, above with their true objects, below with those found.
 """
 import sys
 import time
@@ -41,18 +42,23 @@ from evaluation.object_detection.detection import (
     OVERRIDES,
     PROGRESS,
     described,
+    drawn_examples,
+    drawn_truth,
     evaluate,
     new_detector,
     recipe_of,
     to_device,
     training_parser,
-    write_examples,
 )
+from evaluation.object_detection.draw import write_picture
 
 METERS = ("loss", *LOSSES, "grad_norm")
 RECORDED = ("epochs", "drops", "warmup_iters", "lr", "weight_decay", "layer_decay", "drop_path", "grid", "final_norm",
             "flip", "short_sides", "long_side", "crop_sides", "crop_range", "test_side", "channels", "hidden", "sampled",
             "train_proposals", "test_proposals", "seed")  # flags that set results apart
+
+
+SHOWN = 4  # validation images that are drawn at the end
 
 
 class Training(NamedTuple):
@@ -72,7 +78,6 @@ def check_args(args):
     need(args.layer_decay is None or 0 < args.layer_decay <= 1,
          f"--layer_decay must be above 0 and at most 1: {args.layer_decay}")
     need(args.crop_range[0] <= args.crop_range[1], f"--crop_range takes the smaller number first, not {args.crop_range}")
-    need(not (args.load_from and args.overwrite), "--load_from resumes and --overwrite true starts over: give one of them")
     folder = Path(args.output_dir)
     engine.check_output(folder, args.load_from, args.overwrite, FILES.held(folder))
     read_results(results_folder(args))
@@ -82,7 +87,7 @@ def schedule(lr, epochs, steps, drops, warmup):
     """Rate of every update, float64 [epochs * steps]: a tenth from the start of each epoch of `drops`, times a linear
     warm-up of `warmup` updates from a thousandth (mmdetection's "step")."""
     update = np.arange(epochs * steps)
-    falls = sum((update // steps >= drop).astype(int) for drop in set(drops)) if drops else 0
+    falls = np.sum([update // steps >= drop for drop in set(drops)] or [0 * update], axis=0)
     ramp = 1 - (1 - np.minimum(update / max(warmup, 1), 1)) * (1 - 0.001)
     return lr * 0.1 ** falls * (ramp if warmup else 1)
 
@@ -98,10 +103,29 @@ def train(args):
             train_detector(args, run)
 
 
+def resume(run, parts, total_batch, steps):
+    """Go on from the checkpoint that `--load_from` means. Returns notes. Raises InputError for a run of other weights or
+    classes, and for a finished one with other settings, or with `--overwrite` starts over."""
+    run.find({"model": dict, "optimizer": dict, "settings": dict, "categories": dict, "progress": dict}, "detection")
+    now, notes = {**run.entries["settings"], "categories": run.entries["categories"]}, []
+    then = {**run.checkpoint["settings"], "categories": run.checkpoint["categories"]} if run.path else now
+    finished = run.path and run.checkpoint["epoch"] >= run.args.epochs
+    fixed = ("weights_hash", "categories", *(("train_images", *RECORDED) if finished else ()))
+    other = next((name for name in fixed if then.get(name) != now[name]), None)
+    if other:
+        problem = (f"checkpoint {run.path}: its run had {other} {engine.printable(then.get(other))}, this one "
+                   f"{engine.printable(now[other])}")
+        engine.need(run.args.overwrite, f"{problem}; choose another --output_dir, or start over with --overwrite true")
+        run.forget()
+        notes = [f"starting over: {problem}"]
+    notes += run.changes({"results_dir", "pretrained_weights", "data_path", "arch", "patch_size", "window_size"})
+    run.resume(parts, total_batch, steps)
+    return notes
+
+
 def train_detector(args, run):
     process, device = run.process, run.process.device
     utils.fix_random_seeds(args.seed)  # the same new weights on all processes
-    run.find({"model": dict, "optimizer": dict, "progress": dict}, "detection")
 
     # ============ network, data ============
     content = read_weights(args.pretrained_weights)
@@ -137,8 +161,7 @@ def train_detector(args, run):
     run.entries = {"network": network, "categories": categories._asdict(), "settings": settings,
                    "source": {"checkpoint": str(args.pretrained_weights), "key": args.checkpoint_key}}
     notes = [note for note in [batch_note(total_batch, recipe_of(source.arch)["batch"], args.accum_iter)] if note]
-    notes += run.changes(set())
-    run.resume({"model": detector, "optimizer": optimizer, "fp16_scaler": scaler}, total_batch, sampler.steps)
+    notes += resume(run, {"model": detector, "optimizer": optimizer, "fp16_scaler": scaler}, total_batch, sampler.steps)
     finished = run.progress["metrics"]
     if finished:
         if run.is_main:
@@ -168,7 +191,8 @@ def train_detector(args, run):
     metrics = evaluate(detector, test_images, process, amp_dtype, args.num_workers, partial(run.fetch, training=False))
     if run.is_main:
         print(f"training and evaluation: {engine.eta_string(time.time() - start_time)}; {described(metrics)}", flush=True)
-        write_examples(detector, test_images, amp_dtype, run.folder / "detections.png")
+        write_picture([drawn_truth(test_images, SHOWN), drawn_examples(detector, test_images, amp_dtype, SHOWN)],
+                      run.folder / "detections.png")
         append_result(results_folder(args), "coco", args.pretrained_weights, args.checkpoint_key, settings, metrics)
     run.progress["metrics"] = metrics
     run.save()
