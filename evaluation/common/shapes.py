@@ -3,7 +3,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 NAMES = ("disc", "triangle", "square")
-SMALLEST = 1 / 8  # radius of a shape, as a share of the image's shorter side
+SMALLEST = 1 / 7  # radius of a shape, as a share of the image's shorter side; the largest is twice that
+COLOURS = np.array([[200, 60, 60], [60, 180, 70], [70, 80, 210]])  # of each kind of shape, give or take SPREAD
+SPREAD = 60
 
 
 def _outline(kind, x, y, radius):
@@ -22,15 +24,15 @@ def draw_scene(rng, width, height, most=3):
         boxes: float64 [n, 4], x1 y1 x2 y2 of the masks, in pixels. masks: bool [n, height, width].
         classes: uint8 [height, width], 0 for the background, else label + 1.
     """
-    colours = rng.integers(0, 256, 3), int(rng.integers(10, 40))
-    image = np.clip(rng.normal(colours[0], colours[1], (height, width, 3)), 0, 255).astype(np.uint8)
+    image = np.clip(rng.normal(rng.integers(0, 256, 3), rng.uniform(10, 40), (height, width, 3)), 0, 255).astype(np.uint8)
     image = Image.fromarray(image)
     polygons, labels, masks, centres = [], [], [], []
     side = min(width, height)
     for _ in range(int(rng.integers(1, most + 1))):
         radius = rng.uniform(SMALLEST, 2 * SMALLEST) * side
         x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-        label, colour = int(rng.integers(len(NAMES))), tuple(int(v) for v in rng.integers(0, 256, 3))
+        label = int(rng.integers(len(NAMES)))
+        colour = tuple(int(v) for v in np.clip(COLOURS[label] + rng.integers(-SPREAD, SPREAD + 1, 3), 0, 255))
         if any(np.hypot(x - a, y - b) < radius + other + 1 for a, b, other in centres):
             continue
         polygon = _outline(NAMES[label], x, y, radius)
