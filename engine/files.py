@@ -1,5 +1,4 @@
 """Files in the folder of a run: their names, whether the folder can be used, which checkpoint to go on from."""
-import argparse
 import os
 import reprlib
 import shutil
@@ -26,24 +25,27 @@ PROGRESS = {"step": 0, "totals": {}, "counts": {}, "dropped": 0, "bad": [], "tot
 
 @dataclass(frozen=True)
 class Files:
-    """Names of a run's files, beside log.txt, tf_logs/ and the list of bad images: the newest checkpoint and the one before
-    it, pattern of those that stay, the best one, and what else the script writes."""
+    """Names of a run's files, beside log.txt and the list of bad images: the newest checkpoint and the one before it,
+    pattern of those that stay, the best one, the folder of TensorBoard's events, and what else the script writes. None, and
+    "" for the pattern: there is no such file."""
     newest: str = CHECKPOINT
     previous: str | None = PREVIOUS
     numbered: str = "checkpoint[0-9]*.pth"
     best: str | None = None
+    events: str | None = "tf_logs"
     others: tuple[str, ...] = ()
 
     def checkpoints(self, folder):
         """Checkpoints in `folder`, newest first; the best one last."""
-        numbered = sorted(folder.glob(self.numbered), key=lambda path: (len(path.name), path.name), reverse=True)
+        numbered = sorted(folder.glob(self.numbered) if self.numbered else (),
+                          key=lambda path: (len(path.name), path.name), reverse=True)
         names = [name for name in (self.newest, self.previous) if name]
         found = [*(folder / name for name in names), *numbered, *([folder / self.best] if self.best else ())]
         return [path for path in found if path.exists()]
 
     def held(self, folder):
         """All files of a run, as far as they are there."""
-        others = (folder / name for name in ("log.txt", "tf_logs", BAD_IMAGES, *self.others))
+        others = (folder / name for name in ("log.txt", self.events, BAD_IMAGES, *self.others) if name)
         return self.checkpoints(folder) + [path for path in others if path.exists()]
 
 
@@ -140,7 +142,7 @@ _short.maxstring = _short.maxother = _short.maxlist = 4000
 
 def changed_flags(flags, checkpoint, free=FREE_FLAGS):
     """{name: line that says so} of the `flags` (values by name), but `free` ones, that a checkpoint's run had otherwise."""
-    then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
+    then = stored_args(checkpoint, "of the run")
     return {name: f"note: --{name} is {value}, the checkpoint's run had {printable(then[name])}"
             for name, value in flags.items()
             if name not in free and name in then and _short.repr(then[name]) != _short.repr(value)}

@@ -65,7 +65,8 @@ class Run:
         path, checkpoint: what `find` found, or None.
         schedules: {name: float [updates]}, logged with each update.
         seconds_per_image: what the device needs at least, for the share of it that is used (MFU); None: not known.
-        writer: TensorBoard's, on process 0 after `start`.
+        writer: TensorBoard's, on process 0 after `start`, if the run has events.
+        beside: other runs that make the same updates: where this one is saved amid an epoch, they are too.
     """
 
     def __init__(self, args, process, signals, folder, files=Files(), own=None):  # noqa: B008 - frozen
@@ -76,7 +77,7 @@ class Run:
                          for name, value in self.blank.items()}
         self.entries, self.parts, self.schedules = {}, {}, {}
         self.epoch, self.path, self.checkpoint, self.steps, self.total_batch = 0, None, None, 0, 0
-        self.dataset, self.writer, self.seconds_per_image = None, None, None
+        self.dataset, self.writer, self.seconds_per_image, self.beside = None, None, None, []
         self.meters, self.kept, self.before = None, {}, None
         self.fetched, self.waited, self.since, self.since_step = 0, 0.0, time.time(), 0
         self.saved_at, self.known_bad, self.at_end = time.monotonic(), set(), ExitStack()
@@ -117,11 +118,11 @@ class Run:
         return [f"resumed from {self.path}",
                 *changed_flags(vars(self.args), self.checkpoint, FREE_FLAGS | free).values()]
 
-    def resume(self, parts, total_batch, steps, images=None):
+    def resume(self, parts, total_batch, steps, images=None, may_lack=("fp16_scaler", "scaler")):
         """Load the parts {entry: network, optimiser, ...; None: there is none} from the checkpoint, if there is one.
 
-        What a file may lack: "fp16_scaler" and "scaler". With other batches than before the epoch goes on behind the last
-        whole one. total_batch: images of an update, of all processes; steps: updates of an epoch.
+        may_lack: entries that a file need not have. With other batches than before the epoch goes on behind the last whole
+        one. total_batch: images of an update, of all processes; steps: updates of an epoch.
 
         images: of the folder, for a run with "folder" and "random" in its progress. Returns lines that say what is not as
         it was before a stop in mid-epoch.
@@ -130,7 +131,7 @@ class Run:
         self.steps, self.total_batch, used = steps, total_batch, 0
         if self.path:
             for name, part in self.parts.items():
-                if name in self.checkpoint or name not in ("fp16_scaler", "scaler"):
+                if name in self.checkpoint or name not in may_lack:
                     load_part(name, part, self.checkpoint, self.path)
             self.epoch = self.checkpoint["epoch"]
             self.progress |= self.checkpoint.get("progress", {})
@@ -168,8 +169,9 @@ class Run:
             trim_log(self.folder / "log.txt", self.epoch)
         except OSError as error:
             raise InputError(f"--output_dir {error.filename or self.folder}: {error.strerror}") from error
-        self.writer = SummaryWriter(self.folder / "tf_logs", purge_step=self.update or None)
-        self.at_end.callback(close_writer, self.writer)
+        if self.files.events:
+            self.writer = SummaryWriter(self.folder / self.files.events, purge_step=self.update or None)
+            self.at_end.callback(close_writer, self.writer)
 
     def draw_on(self):
         """In mid-epoch, with as many processes as before, random numbers go on as if there had been no stop."""
@@ -197,7 +199,7 @@ class Run:
                 return
             if self.before is not None:  # of the update that is given up, some batches were computed
                 set_random_state(self.before, self.process.device)
-            saved = self.save()
+            saved = self._save_amid()
             if host_reduce(int(not saved)):  # also waits for process 0, which a launcher would kill when another ends
                 raise InputError("a signal asked to stop, but the run could not be saved") from None
             raise Preempted(f"stopped by a signal at epoch {self.epoch}, step {self.step}, and saved: the same command "
@@ -209,7 +211,7 @@ class Run:
         self.waited, self.since = 0.0, time.time()
         for it in range(first, self.steps):
             if self.args.save_every_steps and it > first and self.update % self.args.save_every_steps == 0:
-                self.save()
+                self._save_amid()
             # With one batch an update nothing is drawn before a stop.
             amid = "random" in self.progress and self.args.accum_iter > 1
             self.before = random_state(self.process.device) if amid else None
@@ -236,16 +238,16 @@ class Run:
         if want == STOP:
             raise Preempted
         if want == SAVE and training and not self.fetched:
-            self.save()
+            self._save_amid()
         self.fetched += 1
         return batch
 
     def add(self, means, **kept):
         """Note an update: its means by name, 0-d tensors; kept: integers [B] that a checkpoint holds of the whole epoch."""
         self.progress["step"] += 1
-        if self.meters is None:
-            self.meters = DeviceMeters(tuple(means))
-        self.meters.add(*means.values())
+        if means:
+            self.meters = self.meters or DeviceMeters(tuple(means))
+            self.meters.add(*means.values())
         for name, values in kept.items():
             self._kept(name).append(values)
 
@@ -266,7 +268,7 @@ class Run:
             row |= {name: float(values[update]) for name, values in self.schedules.items()}
             if scaler is not None:
                 row["loss_scale"] = scaler.get_scale()
-            count_step(self.progress, update, row, scaler is not None, self.args.on_nonfinite, quiet=not self.writer)
+            count_step(self.progress, update, row, scaler is not None, self.args.on_nonfinite, quiet=not self.is_main)
             log_scalars(self.writer, "step", row, update)
         return rows
 
@@ -277,20 +279,24 @@ class Run:
                 add_row(self.progress, row)
                 log_scalars(self.writer, "step", row, self.update - 1)
 
-    def log(self, printed):
-        """The log line of this step, with values and means of `printed`; bad images are counted."""
-        last = self._read()[-1]
+    def speed(self):
+        """Images a second since the last log line of this epoch, and seconds that are left of the run."""
         elapsed, updates = time.time() - self.since, self.step - self.since_step
-        if self.writer:
-            speed = {"images_per_second": updates * self.total_batch / elapsed}
+        left = (self.args.epochs * self.steps - self.update) * elapsed / updates
+        return updates * self.total_batch / elapsed, left
+
+    def log(self, printed=(), note=""):
+        """The log line of this step, with values and means of `printed` and `note`; bad images are counted."""
+        last, elapsed = (self._read() or [{}])[-1], time.time() - self.since
+        if self.is_main:
+            rate, left = self.speed()
+            speed = {"images_per_second": rate}
             if self.seconds_per_image:  # model FLOPs utilisation, of all devices
-                speed["mfu"] = speed["images_per_second"] * self.seconds_per_image / self.process.world_size
-            left = (self.args.epochs * self.steps - self.update) * elapsed / updates
-            print(f"epoch {self.epoch}/{self.args.epochs} [{self.step:>{len(str(self.steps))}}/{self.steps}]  "
-                  + "  ".join(f"{name} {last[name]:.4f} ({mean_of(self.progress, name):.4f})" for name in printed)
-                  + f"  lr {last['lr']:.2e}" + (f"  wd {last['wd']:.3f}" if "wd" in last else "")
-                  + f"  {speed['images_per_second']:.1f} images/s"
-                  + (f"  mfu {100 * speed['mfu']:.1f} %" if "mfu" in speed else "")
+                speed["mfu"] = rate * self.seconds_per_image / self.process.world_size
+            print(f"epoch {self.epoch}/{self.args.epochs} [{self.step:>{len(str(self.steps))}}/{self.steps}]"
+                  + "".join(f"  {name} {last[name]:.4f} ({mean_of(self.progress, name):.4f})" for name in printed)
+                  + (f"  lr {last['lr']:.2e}" if "lr" in last else "") + (f"  wd {last['wd']:.3f}" if "wd" in last else "")
+                  + note + f"  {rate:.1f} images/s" + (f"  mfu {100 * speed['mfu']:.1f} %" if "mfu" in speed else "")
                   + f"  data {100 * self.waited / elapsed:.0f} %  memory {peak_memory_mib(self.process.device):.0f} MiB"
                   f"  eta {eta_string(left)}", flush=True)
             log_scalars(self.writer, "step", speed, self.update - 1)
@@ -317,14 +323,17 @@ class Run:
             print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(bad[:10])}; all: "
                   f"{self.folder / BAD_IMAGES}", flush=True)
 
-    def next_epoch(self, names=()):
-        """Begin the next epoch, and save; under other `names` too."""
+    def next_epoch(self, names=(), save=True):
+        """Begin the next epoch, and save unless it is not to be; under other `names` too."""
         own = {name: value for name, value in self.blank.items() if torch.is_tensor(value)}
         self.progress |= {"step": 0, "totals": {}, "counts": {}, **own}
         self.epoch, self.kept = self.epoch + 1, {}
-        return self.save(names)
+        return self.save(names) if save else True
 
     # ---- saving
+
+    def _save_amid(self):
+        return all([run.save() for run in (self, *self.beside)])
 
     def save(self, names=()):
         """Write the newest checkpoint, from which the next update is to be made, and the same file as `names`.

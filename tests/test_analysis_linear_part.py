@@ -8,7 +8,8 @@ from analysis_data import nano, run_main, write_checkpoint
 
 import engine
 from analysis.linear_part import eval as linear_part
-from evaluation.common.linear import ProbeRun, sweep_configs
+from evaluation.common.heads import sweep_configs
+from evaluation.common.linear import ProbeRun
 
 
 def test_features_by_hand():
