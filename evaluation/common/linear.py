@@ -279,25 +279,24 @@ class ProbeRun:
         if not any(map(math.isfinite, losses)):
             raise FloatingPointError(f"{self.title}: no head has a finite loss in epoch {run.epoch}; lower the learning "
                                      "rate")
-        scores = () if features is None else self.validate(run.epoch, features, labels)
-        if scores:
+        self.scores = ()
+        if features is not None:
+            self.validate(run.epoch, features, labels)
             said = f"{describe(self.now, configs)}; best so far {describe(self.best['best'], configs)}; {said}"
-        run.end_epoch(log_line(run.epoch, configs, self.scale * self.cosine(), losses, scores, self.sweep), {},
+        run.end_epoch(log_line(run.epoch, configs, self.scale * self.cosine(), losses, self.scores, self.sweep), {},
                       f"{self.title}: {said}")
         self.losses.zero_()
-        run.next_epoch([run.files.best] if self.best["best"] is self.now else [], save=bool(scores))
+        run.next_epoch([run.files.best] if self.best["best"] is self.now else [], save=bool(self.scores))
 
     def validate(self, epoch, features, labels):
-        """Rows (loss, top-1, top-5; None of fewer classes) of a validation on features [n, F]; notes the best."""
+        """Note how well the heads do on features [n, F]: `scores`, and the best of now and of all epochs."""
         scores = gather_heads(self.heads.evaluate(features, labels), self.process).tolist()
-        if self.num_classes < 5:
-            scores = [(loss, top1, None) for loss, top1, _ in scores]
+        self.scores = [(loss, top1, top5 if self.num_classes >= 5 else None) for loss, top1, top5 in scores]
         plain = [i for i, config in enumerate(self.configs) if config.is_plain]
-        now = {name: best_head(scores, heads, self.configs, epoch)
-               for name, heads in (("best", range(len(scores))), ("best_sweep_lr_only", plain))}
+        now = {name: best_head(self.scores, heads, self.configs, epoch)
+               for name, heads in (("best", range(len(self.configs))), ("best_sweep_lr_only", plain))}
         self.now = now["best"]
         self._note({name: new if new["top1"] >= self.best[name]["top1"] else self.best[name] for name, new in now.items()})
-        return scores
 
     def finish(self, protocol, weights, results_dir):
         """Print and record the results, once all epochs are done."""
