@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine
 
 ROOT = Path(__file__).resolve().parents[1]
+BEGIN = "starting at epoch"  # said by all trainings
 COMMON = ["--arch", "vit_nano", "--patch_size", "8", "--print_freq", "2", "--num_workers", "2", "--save_every_steps", "1",
-          "--load_from", "auto", "--epochs", "3"]
+          "--load_from", "auto"]
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,17 @@ class Task:
     end: str = "training time"
 
 
-FROZEN = ["--pretrained_weights", "random", "--image_size", "32"]
+RANDOM = ["--pretrained_weights", "random", "--image_size", "32"]
 TASKS = {
     "pretrain": Task(["main_ibot.py", "--global_crops_size", "32", "--local_crops_size", "16", "--local_crops_number", "2",
                       "--out_dim", "64", "--shared_head", "true", "--head_hidden_dim", "64", "--drop_path", "0.2",
-                      "--lr", "0.01", "--pred_ratio", "0", "0.3", "--pred_ratio_var", "0", "0.2"], data="train"),
-    "finetune": Task(["evaluation/classification_layer_decay/run_class_finetuning.py", *FROZEN, "--warmup_epochs", "1",
-                      "--lr", "0.002", "--drop_path", "0.2", "--model_ema", "true", "--model_ema_decay", "0.9"]),
-    "linear": Task(["evaluation/eval_linear.py", *FROZEN, "--lr", "0.1"], newest="checkpoint_random_linear_last.pth",
-                   end="checkpoints:"),
+                      "--epochs", "3", "--lr", "0.01", "--pred_ratio", "0", "0.3", "--pred_ratio_var", "0", "0.2"],
+                     data="train"),
+    "finetune": Task(["evaluation/classification_layer_decay/run_class_finetuning.py", *RANDOM, "--epochs", "3",
+                      "--warmup_epochs", "1", "--lr", "0.002", "--drop_path", "0.2", "--model_ema", "true",
+                      "--model_ema_decay", "0.9"]),
+    "linear": Task(["evaluation/eval_linear.py", *RANDOM, "--epochs", "10", "--lr", "0.1"],
+                   newest="checkpoint_random_linear_last.pth", end="checkpoints:"),
 }
 FAULTS = ("kill", "term", "corrupt", "process", "disk")
 
@@ -89,14 +92,14 @@ def start(task, device, data, output, processes, preexec=None):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def wait_until_training(process):
-    """Seconds are counted from here."""
+def wait_until(process, words):
+    """Until a line with these words; raises RuntimeError where none comes."""
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if "starting at epoch" in line:
+        if words in line:
             return
-    raise RuntimeError("the run did not start:\n" + "".join(lines))
+    raise RuntimeError(f"the run never said {words!r}:\n" + "".join(lines))
 
 
 def finish(process):
@@ -222,7 +225,7 @@ def run_trial(fault, task, device, data, whole, folder, seconds, rng, notes):
         output = kept
     else:
         process = start(task, device, data, output, processes)
-        wait_until_training(process)
+        wait_until(process, BEGIN)
         disturb(fault, task, process, output, seconds, rng, notes)
     finish(start(task, device, data, output, processes))
     return (differences if device == "cpu" else far_losses)(whole, output, task.newest)
@@ -244,10 +247,11 @@ def main():
             if processes not in whole:
                 whole[processes] = folder / f"whole{processes}"
                 process = start(task, args.device, data, whole[processes], processes)
-                wait_until_training(process)
+                wait_until(process, BEGIN)
                 since = time.monotonic()
-                finish(process)
+                wait_until(process, task.end)
                 seconds[processes] = time.monotonic() - since
+                finish(process)
             notes, lost = Counter(), Counter()
             for trial in range(args.trials):
                 place = folder / f"{fault}{trial}"
