@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.bad_images import BAD_IMAGES
-from engine.checkpoint import load_checkpoint, printable, stored_args
-from engine.errors import InputError
+from engine.checkpoint import load_checkpoint, printable, save_atomically, stored_args
+from engine.errors import InputError, one_line
+from engine.log import trim_log
 from engine.process import get_rank
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"  # the newest state of a run and the one before
@@ -73,6 +74,40 @@ def copy_file(path, other):
         os.replace(temporary, other)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def prepare_folder(folder, files, epoch, fell_back):
+    """Make the folder and remove what a killed run left half written; without `epoch` all files of an earlier run, with it
+    what `log.txt` says of that epoch and later ones, which will be run again.
+
+    fell_back: the newest checkpoint is damaged; the one before takes its place, lest the next save keeps the damaged one.
+    """
+    try:
+        if fell_back:
+            (folder / files.previous).replace(folder / files.newest)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [*folder.glob(".checkpoint*.pth.tmp*"), *(files.held(folder) if epoch is None else ())]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        trim_log(folder / "log.txt", epoch)  # there is none in a fresh start
+    except OSError as error:
+        raise InputError(f"--output_dir {error.filename or folder}: {error.strerror}") from error
+
+
+def write_checkpoint(state, folder, files, names, on_save_error):
+    """Write the newest checkpoint, and the same file as `names`. Returns whether that worked, see `--on_save_error`."""
+    path = folder / files.newest
+    try:
+        save_atomically(state, path, previous=files.previous and folder / files.previous)
+        for name in names:
+            path = folder / name
+            copy_file(folder / files.newest, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        message = f"{path} could not be written ({one_line(error)}); the checkpoints before it are intact"
+        if on_save_error == "stop":
+            raise InputError(message) from error
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- reading

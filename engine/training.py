@@ -16,8 +16,6 @@ A script calls a `Run` from its own loop; nothing here calls the script:
 Trainings that count in updates have epochs of as many as they like. `args` are those of a parser with `engine.flags`.
 """
 import gc
-import shutil
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -26,18 +24,18 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.bad_images import BAD_IMAGES, check_images, gather_bad_images, write_bad_images
-from engine.checkpoint import save_atomically
 from engine.device import collecting_by_hand, peak_memory_mib, random_state, set_random_state
-from engine.errors import InputError, Preempted, one_line
+from engine.errors import InputError, Preempted
 from engine.files import (
     FREE_FLAGS,
     PROGRESS,
     Files,
     changed_flags,
-    copy_file,
     find_checkpoint,
     notes_of_epoch,
+    prepare_folder,
     read_checkpoint,
+    write_checkpoint,
 )
 from engine.log import (
     DeviceMeters,
@@ -48,7 +46,6 @@ from engine.log import (
     eta_string,
     log_scalars,
     mean_of,
-    trim_log,
 )
 from engine.parts import Named, load_part, state_of
 from engine.process import gather_parts, host_reduce
@@ -159,16 +156,10 @@ class Run:
         self.at_end.enter_context(collecting_by_hand())
         if not self.is_main:
             return
-        try:
-            if self.args.load_from == "auto" and self.path == self.folder / (self.files.previous or ""):
-                # The newest is damaged: the next save is not to keep that one.
-                self.path = self.path.replace(self.folder / self.files.newest)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in [*self.folder.glob(".checkpoint*.pth.tmp*"), *(() if self.path else self.files.held(self.folder))]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            trim_log(self.folder / "log.txt", self.epoch)
-        except OSError as error:
-            raise InputError(f"--output_dir {error.filename or self.folder}: {error.strerror}") from error
+        previous, newest = (self.folder / (name or "") for name in (self.files.previous, self.files.newest))
+        fell_back = self.args.load_from == "auto" and self.path == previous
+        prepare_folder(self.folder, self.files, self.epoch if self.path else None, fell_back)
+        self.path = newest if fell_back else self.path
         if self.files.events:
             self.writer = SummaryWriter(self.folder / self.files.events, purge_step=self.update or None)
             self.at_end.callback(close_writer, self.writer)
@@ -355,22 +346,6 @@ class Run:
         if tensors and not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
             raise FloatingPointError(f"a weight or centre became non-finite in epoch {self.epoch}; the last checkpoint is "
                                      "intact")
-        saved = not self.is_main or self._write(state, names)
+        saved = not self.is_main or write_checkpoint(state, self.folder, self.files, names, self.args.on_save_error)
         self.saved_at = time.monotonic()
         return saved
-
-    def _write(self, state, names):
-        path = self.folder / self.files.newest
-        try:
-            save_atomically(state, path, previous=self.files.previous and self.folder / self.files.previous)
-            for name in names:
-                path = self.folder / name
-                copy_file(self.folder / self.files.newest, path)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-            message = f"{path} could not be written ({one_line(error)}); the checkpoints before it are intact"
-            if self.args.on_save_error == "stop":
-                raise InputError(message) from error
-            print(f"warning: {message}", file=sys.stderr, flush=True)
-            return False
-        return True
-

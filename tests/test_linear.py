@@ -337,7 +337,7 @@ def test_resuming_equals_an_uninterrupted_run(probe, script, words, tmp_path, mo
             original(state, path)
             if path.name.endswith("_last.pth") and state["epoch"] == 2:
                 raise KeyboardInterrupt
-        patch.setattr(engine.training, "save_atomically", killed)
+        patch.setattr(engine.files, "save_atomically", killed)
         with pytest.raises(SystemExit):  # engine.run turned it into an exit code
             probe(script, tmp_path / "cut", *words, "--overwrite", "true")
     assert len(lines(tmp_path / "cut")) == 2
@@ -357,7 +357,7 @@ def test_a_file_of_the_reference_is_resumed(probe, tmp_path, monkeypatch):
     """Its entries alone, optimiser and schedule as torch writes them."""
     states, original = [], engine.save_atomically
     with monkeypatch.context() as patch:
-        patch.setattr(engine.training, "save_atomically", lambda state, path, previous: (original(state, path), states.append(read(path))))
+        patch.setattr(engine.files, "save_atomically", lambda state, path, previous: (original(state, path), states.append(read(path))))
         probe(eval_linear, tmp_path, "--lr", 1)
     state = next(state for state in states if state["epoch"] == 2)
     whole = read(tmp_path / "checkpoint_teacher_linear_last.pth")
