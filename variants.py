@@ -14,9 +14,9 @@ from models.head import SumOverProcesses, at_least_float32
 def sinkhorn_center(logits, temp, rows=None, iterations=3):
     """The centre [K] with which softmax((logits - centre) / temp) are Sinkhorn-Knopp targets.
 
-    SwAV (arXiv 2006.09882, Section 3.1), DINOv2 (arXiv 2304.07193, Section 4): exp(logits / temp) is scaled in turns so that
-    all outputs are used equally, over the rows of all processes, and each row sums to 1. The softmax scales the rows; what
-    remains is a factor for each output, a shift of its logits. The centre's mean is 0.
+    SwAV (arXiv 2006.09882, Section 3.1), DINOv2 (arXiv 2304.07193, Section 4): exp(logits / temp) is scaled in turns so
+    that all outputs are used equally, over the rows of all processes, and each row sums to 1. The softmax scales the rows;
+    what remains is a factor for each output, a shift of its logits. The centre's mean is 0.
 
     Args:
         logits: [n, K] of the teacher; n may differ between processes. rows: bool [n], which of them count; None for all.
