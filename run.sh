@@ -257,9 +257,9 @@ quickstart() {
     # which is DINOv2's and not iBOT's, drives the features of unlike images apart.
     local settings=(
         --arch vit_nano --drop_path 0 --head_hidden_dim 512 --out_dim 1024 --shared_head true --koleo 0.5
-        --momentum_teacher 0.95 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2 --teacher_patch_temp 0.04 --warmup_teacher_temp_epochs 0
-        --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 2 --weight_decay_end 0.04  # peak 0.004 * 64 / 256
-        --num_workers 1 --saveckp_freq 0 --print_freq 20 --use_fp16 false  # the same figures on every CPU
+        --momentum_teacher 0.95 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2 --teacher_patch_temp 0.04
+        --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 2 --warmup_teacher_temp_epochs 0  # peak 0.004 * 64 / 256
+        --weight_decay_end 0.04 --num_workers 1 --saveckp_freq 0 --print_freq 20 --use_fp16 false  # the same figures on every CPU
     )
     local data output files
     data=$(flag_value --data_path "$@")
