@@ -253,12 +253,13 @@ quickstart() {
     local cores
     cores=$("$python" -c 'import os; print(os.cpu_count())')
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores - 1 : 1))}
-    # Found by trial for 2 cores (benchmarks/quickstart.md). So few updates collapse unless the teacher is fast and KoLeo,
-    # which is DINOv2's and not iBOT's, drives the features of unlike images apart.
+    # Found by trial for 2 cores (benchmarks/quickstart.md). So few updates collapse unless the teacher is fast and targets
+    # and features are kept apart: by Sinkhorn-Knopp centres and KoLeo, which are DINOv2's and not iBOT's.
     local settings=(
-        --arch vit_nano --drop_path 0 --head_hidden_dim 512 --out_dim 1024 --shared_head true --koleo 0.5
-        --momentum_teacher 0.95 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2 --teacher_patch_temp 0.04
-        --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 2 --warmup_teacher_temp_epochs 0  # peak 0.004 * 64 / 256
+        --arch vit_nano --drop_path 0 --head_hidden_dim 512 --out_dim 1024 --shared_head true --momentum_teacher 0.95
+        --centering sinkhorn --koleo 0.5 --warmup_teacher_temp 0.02 --teacher_temp 0.02 --teacher_patch_temp 0.04
+        --warmup_teacher_temp_epochs 0 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2
+        --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 2  # peak 0.004 * 64 / 256
         --weight_decay_end 0.04 --num_workers 1 --saveckp_freq 0 --print_freq 20 --use_fp16 false  # the same figures on every CPU
     )
     local data output files
@@ -267,7 +268,7 @@ quickstart() {
     if [ -z "$data" ]; then  # drawings of 8 x 8 pixels, hence 16 x 16 and patches of 4
         run "$python" "${at}analysis/quickstart.py" data --output_dir "${at}data/digits"
         settings+=(--data_path "${at}data/digits/train" --patch_size 4 --global_crops_size 16 --global_crops_scale 0.5 1
-                   --augment none --color_jitter 0.8 0.4 0.4 0 0 --pixel_stats auto --epochs 75)
+                   --augment none --color_jitter 0.8 0.4 0.4 0 0 --pixel_stats auto --epochs 60)
     else  # photographs, each taken as often as a quarter of an hour allows
         files=$({ find -L "$data" -type f 2>/dev/null || true; } | wc -l)
         settings+=(--patch_size 8 --global_crops_size 64 --global_crops_scale 0.3 1 --epochs $((60000 / (files + 1) + 2)))
