@@ -259,8 +259,8 @@ quickstart() {
         --arch vit_nano --drop_path 0 --head_hidden_dim 512 --out_dim 1024 --shared_head true --momentum_teacher 0.95
         --centering sinkhorn --koleo 0.5 --warmup_teacher_temp 0.02 --teacher_temp 0.02 --teacher_patch_temp 0.04
         --warmup_teacher_temp_epochs 0 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2
-        --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 2  # peak 0.004 * 64 / 256
-        --weight_decay_end 0.04 --num_workers 1 --saveckp_freq 0 --print_freq 20 --use_fp16 false  # the same figures on every CPU
+        --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 2 --weight_decay_end 0.04  # peak 0.004 * 64 / 256
+        --num_workers 1 --saveckp_freq 0 --print_freq 20 --use_fp16 false  # the same figures on every CPU
     )
     local data output files
     data=$(flag_value --data_path "$@")
