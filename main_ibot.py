@@ -33,8 +33,7 @@ import variants
 
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
 FILES = engine.Files(others=(pictures.CROPS,))
-# What a checkpoint holds of the running epoch beside engine.PROGRESS: labels and clusters of all processes; images of the
-# folder, random state of each process.
+# What a checkpoint holds beside engine.PROGRESS: labels and clusters of the epoch, images of the folder, random states.
 PROGRESS = {"labels": torch.zeros(0, dtype=torch.int64), "clusters": torch.zeros(0, dtype=torch.int64), "folder": 0,
             "random": []}
 
@@ -77,10 +76,8 @@ def get_args_parser():
     loss.add_argument("--center_momentum", default=0.9, type=float, help="momentum of the [CLS] centre")
     loss.add_argument("--patch_center_momentum", default=0.9, type=float, help="momentum of the patch centre (Appendix E)")
     loss.add_argument("--patch_centering", default=True, type=flag, help="centre the patch targets (Table 18)")
-    loss.add_argument("--centering", default="mean", choices=("mean", "sinkhorn"),
-                      help="of both targets: the running mean of outputs, or Sinkhorn-Knopp on each batch (DINOv2)")
-    loss.add_argument("--koleo", default=0.0, type=float, help="weight of the KoLeo regulariser; 0.1 in DINOv2")
     loss.add_argument("--patch_targets", default="soft", choices=("soft", "hard"), help="softmax or arg-max (Table 18)")
+    variants.add_flags(loss)
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", default=100, type=int)
@@ -191,9 +188,7 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         center_momentum, patch_center_momentum: share that the centres keep at each step.
         lambda1, lambda2: weights of the [CLS] and the patch term.
         patch_centering: whether the patch centre moves from 0. patch_targets: "soft", or "hard" for the teacher's arg-max.
-
-    Attributes to set: sinkhorn, for centres of each batch by itself (`variants.sinkhorn_center`); koleo, the weight of
-    `variants.koleo`.
+    Attributes to set: sinkhorn, for centres of each batch by itself; koleo, the weight of that regulariser (`variants`).
     """
 
     def __init__(self, out_dim, patch_out_dim, teacher_temps, teacher_patch_temps, center_momentum=0.9,
@@ -346,19 +341,14 @@ def build_data(args, process, photometry, pad_masks):
         patch_size=models.mask_cell(args.arch, args.patch_size), pred_ratio=args.pred_ratio,
         pred_ratio_var=args.pred_ratio_var, pred_shape=args.pred_shape, pred_start_epoch=args.pred_start_epoch,
         seed=args.seed, on_bad_image=args.on_bad_image)
-    data_loader = loader.data_loader(dataset, args.batch_size_per_gpu, process, args.num_workers, pad_masks, args.seed)
-    if len(data_loader) < args.accum_iter:
-        total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
-        raise engine.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than one batch of "
-                                f"{total_batch}; lower --batch_size_per_gpu{' or --accum_iter' * (args.accum_iter > 1)}")
-    return data_loader
+    return loader.data_loader(dataset, args.batch_size_per_gpu, args.accum_iter, process, args.num_workers, pad_masks,
+                              args.seed)
 
 
 def train_ibot(args):
     """Pre-train as `args` (of `get_args_parser`) say; `args` is only read.
 
-    Raises `engine.InputError`, FloatingPointError for numbers that are not finite, and `engine.Preempted` when SIGTERM or
-    SIGUSR1 came and the run is saved.
+    Raises `engine.InputError`, FloatingPointError, and `engine.Preempted` when a signal came and the run is saved.
     """
     check_args(args)
     with engine.StopSignals() as signals:
@@ -413,8 +403,7 @@ def pretrain(args, run):
     parts = {"student": engine.Named(student, add="module."),
              "teacher": engine.Named(teacher, add="module." if teacher.head.has_batch_norm else ""),
              "optimizer": optimizer, "ibot_loss": ibot_loss, "fp16_scaler": scaler}
-    notes += run.changes({"saveckp_freq"})
-    notes += run.resume(parts, total_batch, steps, images=len(dataset))
+    notes += run.changes({"saveckp_freq"}) + run.resume(parts, total_batch, steps, images=len(dataset))
     run.start(dataset)
     run.schedules = {"lr": schedules["lr"], "wd": schedules["wd"]}
     peak = engine.peak_flops(device, amp_dtype)
@@ -451,10 +440,7 @@ def pretrain(args, run):
 
 
 def train_one_epoch(run, batches, training, schedules, epoch, args):
-    """The updates that are left of an epoch. Returns its means by name (on process 0 also clustering scores).
-
-    Raises `engine.Preempted` at the first batch at which any process wants to stop.
-    """
+    """The updates that are left of an epoch. Returns its means by name (on process 0 also clustering scores)."""
     signs = engine.DeviceMeters(collapse.SIGNS)
     for it in run.updates():
         step, watch = run.update, run.is_log_step(it)
@@ -484,8 +470,7 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
     Args:
         batches: `accum_iter` batches (`loader.Batch`, normalised crops on the device), taken one by one. Gradients, losses
             and centres are those of one large batch of them all; batch norm in the head has each batch's own statistics.
-        training: a `Training`.
-        watch: also compute `collapse.signs` of the last batch.
+        training: a `Training`. watch: also compute `collapse.signs` of the last batch.
 
     Returns:
         {"loss", "cls", "patch", "acc", "grad_norm"}, 0-d tensors; the signs (empty unless `watch`); labels [B] of all

@@ -10,6 +10,12 @@ import engine
 from models.head import SumOverProcesses, at_least_float32
 
 
+def add_flags(group):
+    group.add_argument("--centering", default="mean", choices=("mean", "sinkhorn"),
+                       help="of both targets: the running mean of outputs, or Sinkhorn-Knopp on each batch (DINOv2)")
+    group.add_argument("--koleo", default=0.0, type=float, help="weight of the KoLeo regulariser; 0.1 in DINOv2")
+
+
 @torch.no_grad()
 def sinkhorn_center(logits, temp, rows=None, iterations=3):
     """The centre [K] with which softmax((logits - centre) / temp) are Sinkhorn-Knopp targets.

@@ -54,9 +54,7 @@ SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
 
 
 class Run:
-    """A training in its folder. All processes make one and call its methods together.
-
-    Attributes that scripts read and set:
+    """A training in its folder; all processes make one and call its methods together. Scripts read and set:
         args: what a checkpoint is to hold; entries: what it holds beside parts and progress.
         epoch, step: the next update; progress: see PROGRESS, with the script's own entries.
         path, checkpoint: what `find` found, or None.
