@@ -11,6 +11,7 @@ from engine import is_main_process
 
 PATIENCE = 3  # epochs in a row with a sign before it is said: many runs begin with one
 SIGNS = ("cls_entropy", "cls_kl", "cls_std", "patch_entropy", "patch_cross", "patch_share", "patch_used")
+SPREAD = "--centering sinkhorn, --koleo 0.5 or both (benchmarks/quickstart.md)"  # what ended it on the digits
 
 
 @torch.no_grad()
@@ -54,18 +55,17 @@ def warnings(stats, out_dim, patch_out_dim, teacher_temp):
     found = {}
     for what, name, K in (("cls", "[CLS]", out_dim), ("patch", "patch", patch_out_dim)):
         entropy, used = (stats.get(f"{what}_{sign}") for sign in ("entropy", "used"))
+        patch = "patch_" * (what == "patch")
         if entropy is not None and entropy > 0.999 * math.log(K):
-            patch = "patch_" * (what == "patch")
             found[f"{what}_entropy"] = (
                 f"the {name} targets are all but uniform (entropy {entropy:.3f} of at most {math.log(K):.3f}): they teach "
-                f"nothing; a lower --teacher_{patch}temp and --warmup_teacher_{patch}temp sharpen them, with a lower "
-                f"--{patch}center_momentum lest all fall into one cluster (benchmarks/quickstart.md)")
+                f"nothing; lower --teacher_{patch}temp and --warmup_teacher_{patch}temp, e.g. to 0.02, with {SPREAD}")
         if used is not None and used * K < 1.5:
-            found[f"{what}_used"] = (f"the teacher puts everything into one of {K} {name} clusters; a faster centre or a "
-                                     "higher teacher temperature spreads them")
+            found[f"{what}_used"] = (f"the teacher puts everything into one of {K} {name} clusters; --centering sinkhorn "
+                                     "uses all alike, a higher teacher temperature and a faster centre more of them")
     if stats.get("cls_std", math.inf) < 0.01 * teacher_temp:
         found["cls_std"] = ("the teacher's [CLS] outputs hardly differ between images (standard deviation "
-                            f"{stats['cls_std']:.2g})")
+                            f"{stats['cls_std']:.2g}); what drives them apart: {SPREAD}")
     return found
 
 

@@ -391,18 +391,24 @@ def _stack(positions):
     return (stacked.permute(0, 3, 1, 2) if interleaved else stacked).unflatten(0, (len(positions), -1))
 
 
-def data_loader(dataset, batch_size, process, workers, pad_masks, seed):
+def data_loader(dataset, batch_size, accum_iter, process, workers, pad_masks, seed):
     """DataLoader of `Batch`es of `batch_size` images of an `ImageFolderMask`, this process's share of each epoch.
 
-    workers: processes that load, None: as many as there are cores for. pad_masks: see `collate`.
+    workers: processes that load, None: as many as there are cores for. pad_masks: see `collate`. Raises `InputError` unless
+    there are images for an update of `accum_iter` batches.
     """
     workers = default_workers() if workers is None else workers
-    return DataLoader(
+    batches = DataLoader(
         dataset, batch_size, num_workers=workers, drop_last=True,
         sampler=ResumableSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed),
         collate_fn=partial(collate, pad_masks=pad_masks), pin_memory=process.device.type == "cuda",
         persistent_workers=workers > 0, worker_init_fn=ignore_signals,
         generator=torch.Generator())  # its own, or starting workers in mid-epoch would draw from the run's
+    if len(batches) < accum_iter:
+        raise InputError(f"--data_path {dataset.root}: {len(dataset)} images are fewer than one batch of "
+                         f"{batch_size * process.world_size * accum_iter}; lower --batch_size_per_gpu"
+                         + " or --accum_iter" * (accum_iter > 1))
+    return batches
 
 
 def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32):

@@ -29,11 +29,11 @@ import loader
 import models
 import pictures
 import utils
+import variants
 
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
 FILES = engine.Files(others=(pictures.CROPS,))
-# What a checkpoint holds of the running epoch beside engine.PROGRESS: labels and clusters of all processes; images of the
-# folder, random state of each process.
+# What a checkpoint holds beside engine.PROGRESS: labels and clusters of the epoch, images of the folder, random states.
 PROGRESS = {"labels": torch.zeros(0, dtype=torch.int64), "clusters": torch.zeros(0, dtype=torch.int64), "folder": 0,
             "random": []}
 
@@ -77,6 +77,7 @@ def get_args_parser():
     loss.add_argument("--patch_center_momentum", default=0.9, type=float, help="momentum of the patch centre (Appendix E)")
     loss.add_argument("--patch_centering", default=True, type=flag, help="centre the patch targets (Table 18)")
     loss.add_argument("--patch_targets", default="soft", choices=("soft", "hard"), help="softmax or arg-max (Table 18)")
+    variants.add_flags(loss)
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", default=100, type=int)
@@ -127,8 +128,8 @@ def check_args(args):
         args, count="epochs batch_size_per_gpu out_dim patch_out_dim head_hidden_dim patch_size window_size print_freq "
                     "accum_iter global_crops_number global_crops_size local_crops_size",
         not_negative="local_crops_number warmup_epochs warmup_teacher_temp_epochs pred_start_epoch freeze_last_layer "
-                     "saveckp_freq save_every_steps save_every_minutes max_bad_images clip_grad lambda1 lambda2 lr min_lr "
-                     "seed num_workers",
+                     "saveckp_freq save_every_steps save_every_minutes max_bad_images clip_grad koleo lambda1 lambda2 lr "
+                     "min_lr seed num_workers",
         positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp",
         share="momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
     augmentation.check_augment_flags(args)
@@ -187,6 +188,7 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         center_momentum, patch_center_momentum: share that the centres keep at each step.
         lambda1, lambda2: weights of the [CLS] and the patch term.
         patch_centering: whether the patch centre moves from 0. patch_targets: "soft", or "hard" for the teacher's arg-max.
+    Attributes to set: sinkhorn, for centres of each batch by itself; koleo, the weight of that regulariser (`variants`).
     """
 
     def __init__(self, out_dim, patch_out_dim, teacher_temps, teacher_patch_temps, center_momentum=0.9,
@@ -195,6 +197,7 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         self.teacher_temps, self.teacher_patch_temps = teacher_temps, teacher_patch_temps
         self.student_temp = 0.1
         self.center_momentum, self.patch_center_momentum = center_momentum, patch_center_momentum
+        self.sinkhorn, self.koleo = False, 0.0
         self.lambda1, self.lambda2 = lambda1, lambda2
         self.patch_centering, self.patch_targets = patch_centering, patch_targets
         self.register_buffer("center", torch.zeros(1, out_dim))
@@ -223,6 +226,10 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         B = len(teacher_cls) // global_crops_number
         # As tensors: compiled code takes a new number for a new program.
         temp, patch_temp = (torch.tensor(temps[epoch]) for temps in (self.teacher_temps, self.teacher_patch_temps))
+        if self.sinkhorn:
+            variants.move_to_sinkhorn(self.center, teacher_cls, temp)
+            if self.patch_centering:
+                variants.move_to_sinkhorn(self.center2, teacher_patch, patch_temp, mask_weight > 0)  # 0: padding
         cls_loss = self.cls_cross_entropy(student_cls.unflatten(0, (-1, B)), teacher_cls.unflatten(0, (-1, B)), self.center,
                                           self.student_temp, temp)
         patch_loss = self.patch_cross_entropy(student_patch, teacher_patch, mask_weight, self.center2[0], self.student_temp,
@@ -246,7 +253,7 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         means = engine.all_reduce_mean(torch.cat(means))
         finite, means = means.isfinite().all(), means[1:]
         K = self.center.shape[-1]
-        moved = self.center.lerp(means[None, :K], 1 - self.center_momentum)
+        moved = self.center if self.sinkhorn else self.center.lerp(means[None, :K], 1 - self.center_momentum)
         self.center.copy_(torch.where(finite, moved, self.center))
         if patches:
             moved = self.center2.lerp(means[None, None, K:], 1 - self.patch_center_momentum)
@@ -283,8 +290,9 @@ def flops_per_image(args):
     cells, B = args.global_crops_size // models.mask_cell(args.arch, args.patch_size), args.batch_size_per_gpu
     masked = float(np.mean(args.pred_ratio)) * bool(args.lambda2)
     local_crops = args.local_crops_number * bool(args.lambda1)
+    patch_mean = args.lambda2 > 0 and args.patch_centering and args.centering == "mean"
     return models.flops_per_step(*networks, (args.global_crops_number * B, args.global_crops_size), cells, masked,
-                                 (local_crops * B, args.local_crops_size), bool(args.lambda2 and args.patch_centering)) / B
+                                 (local_crops * B, args.local_crops_size), patch_mean) / B
 
 
 def build_schedules(args, steps_per_epoch, total_batch):
@@ -333,19 +341,14 @@ def build_data(args, process, photometry, pad_masks):
         patch_size=models.mask_cell(args.arch, args.patch_size), pred_ratio=args.pred_ratio,
         pred_ratio_var=args.pred_ratio_var, pred_shape=args.pred_shape, pred_start_epoch=args.pred_start_epoch,
         seed=args.seed, on_bad_image=args.on_bad_image)
-    data_loader = loader.data_loader(dataset, args.batch_size_per_gpu, process, args.num_workers, pad_masks, args.seed)
-    if len(data_loader) < args.accum_iter:
-        total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
-        raise engine.InputError(f"--data_path {args.data_path}: {len(dataset)} images are fewer than one batch of "
-                                f"{total_batch}; lower --batch_size_per_gpu{' or --accum_iter' * (args.accum_iter > 1)}")
-    return data_loader
+    return loader.data_loader(dataset, args.batch_size_per_gpu, args.accum_iter, process, args.num_workers, pad_masks,
+                              args.seed)
 
 
 def train_ibot(args):
     """Pre-train as `args` (of `get_args_parser`) say; `args` is only read.
 
-    Raises `engine.InputError`, FloatingPointError for numbers that are not finite, and `engine.Preempted` when SIGTERM or
-    SIGUSR1 came and the run is saved.
+    Raises `engine.InputError`, FloatingPointError, and `engine.Preempted` when a signal came and the run is saved.
     """
     check_args(args)
     with engine.StopSignals() as signals:
@@ -385,6 +388,7 @@ def pretrain(args, run):
         args.out_dim, args.out_dim if args.shared_head else args.patch_out_dim, schedules["temp"], schedules["patch_temp"],
         center_momentum=args.center_momentum, patch_center_momentum=args.patch_center_momentum, lambda1=args.lambda1,
         lambda2=args.lambda2, patch_centering=args.patch_centering, patch_targets=args.patch_targets).to(device)
+    ibot_loss.sinkhorn, ibot_loss.koleo = args.centering == "sinkhorn", args.koleo
     photometry = loader.apply_photometry
     if compiled:
         ibot_loss.compile()
@@ -399,8 +403,7 @@ def pretrain(args, run):
     parts = {"student": engine.Named(student, add="module."),
              "teacher": engine.Named(teacher, add="module." if teacher.head.has_batch_norm else ""),
              "optimizer": optimizer, "ibot_loss": ibot_loss, "fp16_scaler": scaler}
-    notes += run.changes({"saveckp_freq"})
-    notes += run.resume(parts, total_batch, steps, images=len(dataset))
+    notes += run.changes({"saveckp_freq"}) + run.resume(parts, total_batch, steps, images=len(dataset))
     run.start(dataset)
     run.schedules = {"lr": schedules["lr"], "wd": schedules["wd"]}
     peak = engine.peak_flops(device, amp_dtype)
@@ -437,10 +440,7 @@ def pretrain(args, run):
 
 
 def train_one_epoch(run, batches, training, schedules, epoch, args):
-    """The updates that are left of an epoch. Returns its means by name (on process 0 also clustering scores).
-
-    Raises `engine.Preempted` at the first batch at which any process wants to stop.
-    """
+    """The updates that are left of an epoch. Returns its means by name (on process 0 also clustering scores)."""
     signs = engine.DeviceMeters(collapse.SIGNS)
     for it in run.updates():
         step, watch = run.update, run.is_log_step(it)
@@ -470,8 +470,7 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
     Args:
         batches: `accum_iter` batches (`loader.Batch`, normalised crops on the device), taken one by one. Gradients, losses
             and centres are those of one large batch of them all; batch norm in the head has each batch's own statistics.
-        training: a `Training`.
-        watch: also compute `collapse.signs` of the last batch.
+        training: a `Training`. watch: also compute `collapse.signs` of the last batch.
 
     Returns:
         {"loss", "cls", "patch", "acc", "grad_norm"}, 0-d tensors; the signs (empty unless `watch`); labels [B] of all
@@ -498,10 +497,12 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
         with student.no_sync() if engine.get_world_size() > 1 and not last else nullcontext():
             with torch.autocast(global_crops.device.type, amp_dtype, enabled=amp_dtype is not None):
                 with torch.no_grad():
-                    teacher_cls, teacher_patch, teacher_mean = teacher(
-                        global_crops, index, patch_mean=patch_loss and ibot_loss.patch_centering)
-                student_cls, student_patch, _ = student(global_crops, index, masks=masks, local_crops=local_crops)
+                    teacher_cls, teacher_patch, teacher_mean, _ = teacher(
+                        global_crops, index, patch_mean=patch_loss and ibot_loss.patch_centering and not ibot_loss.sinkhorn)
+                student_cls, student_patch, _, features = student(global_crops, index, masks=masks, local_crops=local_crops)
             losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, teacher_mean, weight, G, epoch)
+            if ibot_loss.koleo:
+                losses["loss"] = losses["loss"] + ibot_loss.koleo * sum(map(variants.koleo, features[:G * B].split(B)))
 
             clusters.append(teacher_cls[:B].argmax(dim=-1))
             labels.append(batch.labels)
@@ -511,7 +512,7 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
                 signs = collapse.signs(ibot_loss, teacher_cls, teacher_patch, weight, losses, epoch)
 
             # backward; what it does not read makes room
-            del batch, global_crops, local_crops, teacher_cls, teacher_patch, student_cls, student_patch
+            del batch, global_crops, local_crops, teacher_cls, teacher_patch, student_cls, student_patch, features
             loss = losses["loss"] / accum_iter
             (loss if scaler is None else scaler.scale(loss)).backward()
     means = torch.stack(rows).mean(dim=0)

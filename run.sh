@@ -273,22 +273,25 @@ quickstart() {
     local cores
     cores=$("$python" -c 'import os; print(os.cpu_count())')
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores - 1 : 1))}
-    # Found by trial for 2 cores and 5 minutes. The digits are drawings of 8 x 8 pixels, hence 16 x 16 and patches of 4;
-    # large crops, few clusters, a fast teacher and a light patch loss keep so short a run from collapsing.
+    # Found by trial for 2 cores (benchmarks/quickstart.md). So few updates collapse unless the teacher is fast and targets
+    # and features are kept apart: by Sinkhorn-Knopp centres and KoLeo, which are DINOv2's and not iBOT's.
     local settings=(
-        --arch vit_nano --patch_size 4 --global_crops_size 16 --local_crops_size 8 --local_crops_number 4
-        --global_crops_scale 0.7 1 --local_crops_scale 0.3 0.6 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2
-        --out_dim 512 --head_hidden_dim 512 --shared_head true --drop_path 0 --lambda2 0.3
-        --warmup_teacher_temp 0.03 --teacher_temp 0.04 --warmup_teacher_patch_temp 0.03 --teacher_patch_temp 0.04
-        --momentum_teacher 0.985 --epochs 60 --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 5  # peak 0.004 * 64 / 256
-        --weight_decay 0.02 --weight_decay_end 0.02 --num_workers 1 --saveckp_freq 0 --print_freq 20
-        --use_fp16 false  # the same figures on every CPU
+        --arch vit_nano --drop_path 0 --head_hidden_dim 512 --out_dim 1024 --shared_head true --momentum_teacher 0.95
+        --centering sinkhorn --koleo 0.5 --warmup_teacher_temp 0.02 --teacher_temp 0.02 --teacher_patch_temp 0.04
+        --warmup_teacher_temp_epochs 0 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2
+        --batch_size_per_gpu 64 --lr 0.004 --warmup_epochs 2 --weight_decay_end 0.04  # peak 0.004 * 64 / 256
+        --num_workers 1 --saveckp_freq 0 --print_freq 20 --use_fp16 false  # the same figures on every CPU
     )
-    local output
+    local data output files
+    data=$(flag_value --data_path "$@")
     output=$(flag_value --output_dir "$@")
-    if [ -z "$(flag_value --data_path "$@")" ]; then
+    if [ -z "$data" ]; then  # drawings of 8 x 8 pixels, hence 16 x 16 and patches of 4
         run "$python" "${at}analysis/quickstart.py" data --output_dir "${at}data/digits"
-        settings+=(--data_path "${at}data/digits/train")
+        settings+=(--data_path "${at}data/digits/train" --patch_size 4 --global_crops_size 16 --global_crops_scale 0.5 1
+                   --augment none --color_jitter 0.8 0.4 0.4 0 0 --pixel_stats auto --epochs 60)
+    else  # photographs, each taken as often as a quarter of an hour allows
+        files=$({ find -L "$data" -type f 2>/dev/null || true; } | wc -l)
+        settings+=(--patch_size 8 --global_crops_size 64 --global_crops_scale 0.3 1 --epochs $((60000 / (files + 1) + 2)))
     fi
     if [ -z "$output" ]; then
         output=${at}work_dirs/quickstart

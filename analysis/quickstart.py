@@ -6,6 +6,7 @@
 `./run.sh quickstart` calls the first, then main_ibot.py, then the second. Works on every run of main_ibot.py.
 """
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -180,11 +181,11 @@ def draw_attention(trained, dataset, process, path):
 
 # ---------------------------------------------------------------- report
 
-def losses(epochs):
-    """A line with the losses of the first and of the last epoch of a log (see `read_log`)."""
+def losses(epochs, out_dim):
+    """A line with the losses of the first and of the last epoch of a log (see `read_log`) of a head with K `out_dim`."""
     first, last = min(epochs), max(epochs)
     parts = ", ".join(f"{name} {points[0][1]:.3f} -> {points[-1][1]:.3f}" for name, points in loss_curves(epochs).items())
-    return f"loss, epoch {first} -> {last}: {parts}"
+    return f"loss, epoch {first} -> {last}: {parts} ([CLS] of uniform targets: ln K = {math.log(out_dim):.3f})"
 
 
 def report(folder, data_path=None, device="auto", num_workers=1):
@@ -201,7 +202,8 @@ def report(folder, data_path=None, device="auto", num_workers=1):
     pictures.mkdir(exist_ok=True)
     (pictures / "neighbours.png").unlink(missing_ok=True)  # of an earlier state, should there be no k-NN now
     epochs = read_log(folder / "log.txt")[0]
-    lines = [compare(trained, train, val, args.seed, num_workers, process, pictures / "neighbours.png"), losses(epochs), ""]
+    lines = [compare(trained, train, val, args.seed, num_workers, process, pictures / "neighbours.png"),
+             losses(epochs, args.out_dim), ""]
     draw_curves({name: points for name, points in loss_curves(epochs).items() if name != "total"},
                 "Losses of pre-training", pictures / "loss.png")
 

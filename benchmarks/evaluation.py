@@ -41,9 +41,10 @@ import models
 from evaluation.common import davis
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.data import image_sets
-from evaluation.common.features import feature_dim, frozen_features
+from evaluation.common.features import feature_dim, frozen_features, pool_features
+from evaluation.common.heads import HeadConfig, LinearHeads, sweep_configs
 from evaluation.common.knn import knn_classify
-from evaluation.common.linear import HeadConfig, LinearHeads, augmented_epochs, kept_batches, sweep_configs, train_epoch
+from evaluation.common.linear import FeaturesOfCrops, KeptFeatures
 from evaluation.common.logistic import fit_logistic
 from evaluation.common.propagation import propagate
 
@@ -101,17 +102,14 @@ def random_features(n, dim, classes):
 
 # ---------------------------------------------------------------- heads
 
-def silent(count, sums):
-    """Progress of the timed epochs."""
+def train_epoch(heads, data):
+    for batch in data.batches(0):
+        heads.step(*data.load(batch), 1.0)
 
 
 def measure_heads(args, classes, device):
     features, labels = (x.to(device) for x in random_features(args.batch * args.steps, args.dim, classes))
-    order = torch.randperm(len(features))
-
-    def batches():
-        return kept_batches(features, labels, order, args.batch, device)
-
+    data = KeptFeatures(features, labels, args.batch, 0, device)
     sweep, one = (LinearHeads(configs, args.dim, classes, device=device) for configs in (sweep_configs(), ONE))
     modules = []
     for config in sweep_configs():
@@ -119,14 +117,14 @@ def measure_heads(args, classes, device):
         modules.append((linear, torch.optim.SGD(linear.parameters(), config.lr, momentum=0.9)))
 
     def plain(modules):
-        for x, y in batches():
+        for x, y in map(data.load, data.batches(0)):
             for linear, optimizer in modules:
                 optimizer.zero_grad()
                 F.cross_entropy(linear(x), y).backward()
                 optimizer.step()
 
-    seconds = alternate({"45 heads": lambda: train_epoch(sweep, batches(), 1.0, silent),
-                         "one head": lambda: train_epoch(one, batches(), 1.0, silent),
+    seconds = alternate({"45 heads": lambda: train_epoch(sweep, data),
+                         "one head": lambda: train_epoch(one, data),
                          "45 torch modules in turn": lambda: plain(modules),
                          "one torch module": lambda: plain(modules[27:28])},  # of rate 0.1 too
                         args.rounds, device)
@@ -180,12 +178,13 @@ def backbone_and_images(args, folder):
 
 def measure_crops(args, folder, process):
     backbone, (train, _) = backbone_and_images(args, folder)
-    flags = argparse.Namespace(n_last_blocks=4, avgpool_patchtokens=0, num_workers=args.num_workers, seed=0)
-    batches_of = augmented_epochs(flags, backbone, train, min(args.batch, args.images), process)
+    flags = argparse.Namespace(num_workers=args.num_workers, seed=0, hflip=0.5)
+    data = FeaturesOfCrops(flags, backbone, train, min(args.batch, args.images), process,
+                           partial(pool_features, backbone.model.to(process.device), n_last_blocks=4))
     dim = feature_dim(backbone.model, 4)
     sweep, one = (LinearHeads(configs, dim, 1000, device=process.device) for configs in (sweep_configs(), ONE))
-    seconds = alternate({"45 heads": lambda: train_epoch(sweep, batches_of(0), 1.0, silent),
-                         "one head": lambda: train_epoch(one, batches_of(0), 1.0, silent)}, args.rounds, process.device)
+    seconds = alternate({"45 heads": lambda: train_epoch(sweep, data),
+                         "one head": lambda: train_epoch(one, data)}, args.rounds, process.device)
     report(f"crops: {args.images} images through {args.arch}, {dim} features, 1000 classes", seconds, args.images, "images",
            "one head")
 

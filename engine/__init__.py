@@ -29,7 +29,7 @@ from engine.device import (
     use_fast_products,
 )
 from engine.errors import EXIT_PREEMPTED, InputError, Preempted, one_line
-from engine.files import CHECKPOINT, FREE_FLAGS, PREVIOUS, PROGRESS, Files, check_output, read_checkpoint
+from engine.files import CHECKPOINT, FREE_FLAGS, PREVIOUS, PROGRESS, Files, changed_flags, check_output, read_checkpoint
 from engine.flags import (
     SWITCH,
     add_bad_image_flags,

@@ -1,5 +1,4 @@
 """Files in the folder of a run: their names, whether the folder can be used, which checkpoint to go on from."""
-import argparse
 import os
 import reprlib
 import shutil
@@ -9,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.bad_images import BAD_IMAGES
-from engine.checkpoint import load_checkpoint, printable, stored_args
-from engine.errors import InputError
+from engine.checkpoint import load_checkpoint, printable, save_atomically, stored_args
+from engine.errors import InputError, one_line
+from engine.log import trim_log
 from engine.process import get_rank
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"  # the newest state of a run and the one before
@@ -26,24 +26,27 @@ PROGRESS = {"step": 0, "totals": {}, "counts": {}, "dropped": 0, "bad": [], "tot
 
 @dataclass(frozen=True)
 class Files:
-    """Names of a run's files, beside log.txt, tf_logs/ and the list of bad images: the newest checkpoint and the one before
-    it, pattern of those that stay, the best one, and what else the script writes."""
+    """Names of a run's files, beside log.txt and the list of bad images: the newest checkpoint and the one before it,
+    pattern of those that stay, the best one, the folder of TensorBoard's events, and what else the script writes. None, and
+    "" for the pattern: there is no such file."""
     newest: str = CHECKPOINT
     previous: str | None = PREVIOUS
     numbered: str = "checkpoint[0-9]*.pth"
     best: str | None = None
+    events: str | None = "tf_logs"
     others: tuple[str, ...] = ()
 
     def checkpoints(self, folder):
         """Checkpoints in `folder`, newest first; the best one last."""
-        numbered = sorted(folder.glob(self.numbered), key=lambda path: (len(path.name), path.name), reverse=True)
+        numbered = sorted(folder.glob(self.numbered) if self.numbered else (),
+                          key=lambda path: (len(path.name), path.name), reverse=True)
         names = [name for name in (self.newest, self.previous) if name]
         found = [*(folder / name for name in names), *numbered, *([folder / self.best] if self.best else ())]
         return [path for path in found if path.exists()]
 
     def held(self, folder):
         """All files of a run, as far as they are there."""
-        others = (folder / name for name in ("log.txt", "tf_logs", BAD_IMAGES, *self.others))
+        others = (folder / name for name in ("log.txt", self.events, BAD_IMAGES, *self.others) if name)
         return self.checkpoints(folder) + [path for path in others if path.exists()]
 
 
@@ -71,6 +74,40 @@ def copy_file(path, other):
         os.replace(temporary, other)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def prepare_folder(folder, files, epoch, fell_back):
+    """Make the folder and remove what a killed run left half written; without `epoch` all files of an earlier run, with it
+    what `log.txt` says of that epoch and later ones, which will be run again.
+
+    fell_back: the newest checkpoint is damaged; the one before takes its place, lest the next save keeps the damaged one.
+    """
+    try:
+        if fell_back:
+            (folder / files.previous).replace(folder / files.newest)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [*folder.glob(".checkpoint*.pth.tmp*"), *(files.held(folder) if epoch is None else ())]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        trim_log(folder / "log.txt", epoch)  # there is none in a fresh start
+    except OSError as error:
+        raise InputError(f"--output_dir {error.filename or folder}: {error.strerror}") from error
+
+
+def write_checkpoint(state, folder, files, names, on_save_error):
+    """Write the newest checkpoint, and the same file as `names`. Returns whether that worked, see `--on_save_error`."""
+    path = folder / files.newest
+    try:
+        save_atomically(state, path, previous=files.previous and folder / files.previous)
+        for name in names:
+            path = folder / name
+            copy_file(folder / files.newest, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        message = f"{path} could not be written ({one_line(error)}); the checkpoints before it are intact"
+        if on_save_error == "stop":
+            raise InputError(message) from error
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- reading
@@ -140,7 +177,7 @@ _short.maxstring = _short.maxother = _short.maxlist = 4000
 
 def changed_flags(flags, checkpoint, free=FREE_FLAGS):
     """{name: line that says so} of the `flags` (values by name), but `free` ones, that a checkpoint's run had otherwise."""
-    then = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
+    then = stored_args(checkpoint, "of the run")
     return {name: f"note: --{name} is {value}, the checkpoint's run had {printable(then[name])}"
             for name, value in flags.items()
             if name not in free and name in then and _short.repr(then[name]) != _short.repr(value)}

@@ -45,12 +45,13 @@ def add_bad_image_flags(group):
                        help="end the run when more images cannot be read: a share of all below 1, else a number")
 
 
-def add_run_flags(group):
-    """The flags that `engine.Run` reads."""
+def add_run_flags(group, overwrite=""):
+    """The flags that `engine.Run` reads. overwrite: what else there is to say of that flag."""
     group.add_argument("--load_from", default=None,
                        help="resume from this file of the output folder, e.g. checkpoint.pth; auto: from the newest good "
                             "one, or a fresh start where there is none")
-    group.add_argument("--overwrite", default=False, help="start over in an output folder that holds a run", **SWITCH)
+    group.add_argument("--overwrite", default=False, help="start over in an output folder that holds a run" + overwrite,
+                       **SWITCH)
     group.add_argument("--save_every_steps", default=0, type=int, help="also save every so many updates; 0: never")
     group.add_argument("--save_every_minutes", default=0.0, type=float, help="the same by the clock")
     group.add_argument("--on_save_error", default="continue", choices=("continue", "stop"),

@@ -16,8 +16,6 @@ A script calls a `Run` from its own loop; nothing here calls the script:
 Trainings that count in updates have epochs of as many as they like. `args` are those of a parser with `engine.flags`.
 """
 import gc
-import shutil
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -26,18 +24,18 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.bad_images import BAD_IMAGES, check_images, gather_bad_images, write_bad_images
-from engine.checkpoint import save_atomically
 from engine.device import collecting_by_hand, peak_memory_mib, random_state, set_random_state
-from engine.errors import InputError, Preempted, one_line
+from engine.errors import InputError, Preempted
 from engine.files import (
     FREE_FLAGS,
     PROGRESS,
     Files,
     changed_flags,
-    copy_file,
     find_checkpoint,
     notes_of_epoch,
+    prepare_folder,
     read_checkpoint,
+    write_checkpoint,
 )
 from engine.log import (
     DeviceMeters,
@@ -48,7 +46,6 @@ from engine.log import (
     eta_string,
     log_scalars,
     mean_of,
-    trim_log,
 )
 from engine.parts import Named, load_part, state_of
 from engine.process import gather_parts, host_reduce
@@ -57,15 +54,14 @@ SAVE, STOP = 1, 2  # what a process wants to happen before the next batch
 
 
 class Run:
-    """A training in its folder. All processes make one and call its methods together.
-
-    Attributes that scripts read and set:
+    """A training in its folder; all processes make one and call its methods together. Scripts read and set:
         args: what a checkpoint is to hold; entries: what it holds beside parts and progress.
         epoch, step: the next update; progress: see PROGRESS, with the script's own entries.
         path, checkpoint: what `find` found, or None.
         schedules: {name: float [updates]}, logged with each update.
         seconds_per_image: what the device needs at least, for the share of it that is used (MFU); None: not known.
-        writer: TensorBoard's, on process 0 after `start`.
+        writer: TensorBoard's, on process 0 after `start`, if the run has events.
+        beside: other runs that make the same updates: where this one is saved amid an epoch, they are too.
     """
 
     def __init__(self, args, process, signals, folder, files=Files(), own=None):  # noqa: B008 - frozen
@@ -76,7 +72,7 @@ class Run:
                          for name, value in self.blank.items()}
         self.entries, self.parts, self.schedules = {}, {}, {}
         self.epoch, self.path, self.checkpoint, self.steps, self.total_batch = 0, None, None, 0, 0
-        self.dataset, self.writer, self.seconds_per_image = None, None, None
+        self.dataset, self.writer, self.seconds_per_image, self.beside = None, None, None, []
         self.meters, self.kept, self.before = None, {}, None
         self.fetched, self.waited, self.since, self.since_step = 0, 0.0, time.time(), 0
         self.saved_at, self.known_bad, self.at_end = time.monotonic(), set(), ExitStack()
@@ -117,11 +113,11 @@ class Run:
         return [f"resumed from {self.path}",
                 *changed_flags(vars(self.args), self.checkpoint, FREE_FLAGS | free).values()]
 
-    def resume(self, parts, total_batch, steps, images=None):
+    def resume(self, parts, total_batch, steps, images=None, may_lack=("fp16_scaler", "scaler")):
         """Load the parts {entry: network, optimiser, ...; None: there is none} from the checkpoint, if there is one.
 
-        What a file may lack: "fp16_scaler" and "scaler". With other batches than before the epoch goes on behind the last
-        whole one. total_batch: images of an update, of all processes; steps: updates of an epoch.
+        may_lack: entries that a file need not have. With other batches than before the epoch goes on behind the last whole
+        one. total_batch: images of an update, of all processes; steps: updates of an epoch.
 
         images: of the folder, for a run with "folder" and "random" in its progress. Returns lines that say what is not as
         it was before a stop in mid-epoch.
@@ -130,7 +126,7 @@ class Run:
         self.steps, self.total_batch, used = steps, total_batch, 0
         if self.path:
             for name, part in self.parts.items():
-                if name in self.checkpoint or name not in ("fp16_scaler", "scaler"):
+                if name in self.checkpoint or name not in may_lack:
                     load_part(name, part, self.checkpoint, self.path)
             self.epoch = self.checkpoint["epoch"]
             self.progress |= self.checkpoint.get("progress", {})
@@ -158,18 +154,13 @@ class Run:
         self.at_end.enter_context(collecting_by_hand())
         if not self.is_main:
             return
-        try:
-            if self.args.load_from == "auto" and self.path == self.folder / (self.files.previous or ""):
-                # The newest is damaged: the next save is not to keep that one.
-                self.path = self.path.replace(self.folder / self.files.newest)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in [*self.folder.glob(".checkpoint*.pth.tmp*"), *(() if self.path else self.files.held(self.folder))]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            trim_log(self.folder / "log.txt", self.epoch)
-        except OSError as error:
-            raise InputError(f"--output_dir {error.filename or self.folder}: {error.strerror}") from error
-        self.writer = SummaryWriter(self.folder / "tf_logs", purge_step=self.update or None)
-        self.at_end.callback(close_writer, self.writer)
+        previous, newest = (self.folder / (name or "") for name in (self.files.previous, self.files.newest))
+        fell_back = self.args.load_from == "auto" and self.path == previous
+        prepare_folder(self.folder, self.files, self.epoch if self.path else None, fell_back)
+        self.path = newest if fell_back else self.path
+        if self.files.events:
+            self.writer = SummaryWriter(self.folder / self.files.events, purge_step=self.update or None)
+            self.at_end.callback(close_writer, self.writer)
 
     def draw_on(self):
         """In mid-epoch, with as many processes as before, random numbers go on as if there had been no stop."""
@@ -197,7 +188,7 @@ class Run:
                 return
             if self.before is not None:  # of the update that is given up, some batches were computed
                 set_random_state(self.before, self.process.device)
-            saved = self.save()
+            saved = self._save_amid()
             if host_reduce(int(not saved)):  # also waits for process 0, which a launcher would kill when another ends
                 raise InputError("a signal asked to stop, but the run could not be saved") from None
             raise Preempted(f"stopped by a signal at epoch {self.epoch}, step {self.step}, and saved: the same command "
@@ -209,7 +200,7 @@ class Run:
         self.waited, self.since = 0.0, time.time()
         for it in range(first, self.steps):
             if self.args.save_every_steps and it > first and self.update % self.args.save_every_steps == 0:
-                self.save()
+                self._save_amid()
             # With one batch an update nothing is drawn before a stop.
             amid = "random" in self.progress and self.args.accum_iter > 1
             self.before = random_state(self.process.device) if amid else None
@@ -236,16 +227,16 @@ class Run:
         if want == STOP:
             raise Preempted
         if want == SAVE and training and not self.fetched:
-            self.save()
+            self._save_amid()
         self.fetched += 1
         return batch
 
     def add(self, means, **kept):
         """Note an update: its means by name, 0-d tensors; kept: integers [B] that a checkpoint holds of the whole epoch."""
         self.progress["step"] += 1
-        if self.meters is None:
-            self.meters = DeviceMeters(tuple(means))
-        self.meters.add(*means.values())
+        if means:
+            self.meters = self.meters or DeviceMeters(tuple(means))
+            self.meters.add(*means.values())
         for name, values in kept.items():
             self._kept(name).append(values)
 
@@ -266,7 +257,7 @@ class Run:
             row |= {name: float(values[update]) for name, values in self.schedules.items()}
             if scaler is not None:
                 row["loss_scale"] = scaler.get_scale()
-            count_step(self.progress, update, row, scaler is not None, self.args.on_nonfinite, quiet=not self.writer)
+            count_step(self.progress, update, row, scaler is not None, self.args.on_nonfinite, quiet=not self.is_main)
             log_scalars(self.writer, "step", row, update)
         return rows
 
@@ -277,20 +268,24 @@ class Run:
                 add_row(self.progress, row)
                 log_scalars(self.writer, "step", row, self.update - 1)
 
-    def log(self, printed):
-        """The log line of this step, with values and means of `printed`; bad images are counted."""
-        last = self._read()[-1]
+    def speed(self):
+        """Images a second since the last log line of this epoch, and seconds that are left of the run."""
         elapsed, updates = time.time() - self.since, self.step - self.since_step
-        if self.writer:
-            speed = {"images_per_second": updates * self.total_batch / elapsed}
+        left = (self.args.epochs * self.steps - self.update) * elapsed / updates
+        return updates * self.total_batch / elapsed, left
+
+    def log(self, printed=(), note=""):
+        """The log line of this step, with values and means of `printed` and `note`; bad images are counted."""
+        last, elapsed = (self._read() or [{}])[-1], time.time() - self.since
+        if self.is_main:
+            rate, left = self.speed()
+            speed = {"images_per_second": rate}
             if self.seconds_per_image:  # model FLOPs utilisation, of all devices
-                speed["mfu"] = speed["images_per_second"] * self.seconds_per_image / self.process.world_size
-            left = (self.args.epochs * self.steps - self.update) * elapsed / updates
-            print(f"epoch {self.epoch}/{self.args.epochs} [{self.step:>{len(str(self.steps))}}/{self.steps}]  "
-                  + "  ".join(f"{name} {last[name]:.4f} ({mean_of(self.progress, name):.4f})" for name in printed)
-                  + f"  lr {last['lr']:.2e}" + (f"  wd {last['wd']:.3f}" if "wd" in last else "")
-                  + f"  {speed['images_per_second']:.1f} images/s"
-                  + (f"  mfu {100 * speed['mfu']:.1f} %" if "mfu" in speed else "")
+                speed["mfu"] = rate * self.seconds_per_image / self.process.world_size
+            print(f"epoch {self.epoch}/{self.args.epochs} [{self.step:>{len(str(self.steps))}}/{self.steps}]"
+                  + "".join(f"  {name} {last[name]:.4f} ({mean_of(self.progress, name):.4f})" for name in printed)
+                  + (f"  lr {last['lr']:.2e}" if "lr" in last else "") + (f"  wd {last['wd']:.3f}" if "wd" in last else "")
+                  + note + f"  {rate:.1f} images/s" + (f"  mfu {100 * speed['mfu']:.1f} %" if "mfu" in speed else "")
                   + f"  data {100 * self.waited / elapsed:.0f} %  memory {peak_memory_mib(self.process.device):.0f} MiB"
                   f"  eta {eta_string(left)}", flush=True)
             log_scalars(self.writer, "step", speed, self.update - 1)
@@ -317,14 +312,17 @@ class Run:
             print(f"skipped {len(bad)} unreadable images so far; the first: {', '.join(bad[:10])}; all: "
                   f"{self.folder / BAD_IMAGES}", flush=True)
 
-    def next_epoch(self, names=()):
-        """Begin the next epoch, and save; under other `names` too."""
+    def next_epoch(self, names=(), save=True):
+        """Begin the next epoch, and save unless it is not to be; under other `names` too."""
         own = {name: value for name, value in self.blank.items() if torch.is_tensor(value)}
         self.progress |= {"step": 0, "totals": {}, "counts": {}, **own}
         self.epoch, self.kept = self.epoch + 1, {}
-        return self.save(names)
+        return self.save(names) if save else True
 
     # ---- saving
+
+    def _save_amid(self):
+        return all([run.save() for run in (self, *self.beside)])
 
     def save(self, names=()):
         """Write the newest checkpoint, from which the next update is to be made, and the same file as `names`.
@@ -346,22 +344,6 @@ class Run:
         if tensors and not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
             raise FloatingPointError(f"a weight or centre became non-finite in epoch {self.epoch}; the last checkpoint is "
                                      "intact")
-        saved = not self.is_main or self._write(state, names)
+        saved = not self.is_main or write_checkpoint(state, self.folder, self.files, names, self.args.on_save_error)
         self.saved_at = time.monotonic()
         return saved
-
-    def _write(self, state, names):
-        path = self.folder / self.files.newest
-        try:
-            save_atomically(state, path, previous=self.files.previous and self.folder / self.files.previous)
-            for name in names:
-                path = self.folder / name
-                copy_file(self.folder / self.files.newest, path)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-            message = f"{path} could not be written ({one_line(error)}); the checkpoints before it are intact"
-            if self.args.on_save_error == "stop":
-                raise InputError(message) from error
-            print(f"warning: {message}", file=sys.stderr, flush=True)
-            return False
-        return True
-

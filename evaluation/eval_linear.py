@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine
-from evaluation.common.linear import HeadConfig, linear_parser, run_probe
+from evaluation.common.heads import HeadConfig
+from evaluation.common.linear import linear_parser, run_probe
 
 
 def get_args_parser():

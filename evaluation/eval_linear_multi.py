@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine
-from evaluation.common.linear import linear_parser, run_probe, sweep_configs
+from evaluation.common.heads import sweep_configs
+from evaluation.common.linear import linear_parser, run_probe
 
 
 def get_args_parser():

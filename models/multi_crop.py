@@ -89,7 +89,7 @@ class MultiCropWrapper(nn.Module):
                 last layer is linear, so this is the last layer of the mean bottleneck, in float32.
 
         Returns:
-            cls [(G+L)*B, K], patches [M, K'], patch mean [K'] or None.
+            cls [(G+L)*B, K], patches [M, K'], patch mean [K'] or None, and the [CLS] tokens before the head [(G+L)*B, D].
         """
         crops = [global_crops] if local_crops is None else [global_crops, local_crops]
         mean_logits = None
@@ -101,11 +101,13 @@ class MultiCropWrapper(nn.Module):
                 with torch.autocast(z.device.type, enabled=False):
                     mean_z = z.unflatten(0, shapes[0])[:, 1:].mean(dim=(0, 1))
                     mean_logits = self.head.last_layer2(mean_z)
-            z = z.index_select(0, wanted_rows(shapes, mask_index))
+            rows = wanted_rows(shapes, mask_index)
+            z, tokens = z.index_select(0, rows), tokens.index_select(0, rows)
         else:
-            z = self.head.bottleneck(self.backbone.forward_crops(crops, masks, mask_index)[0])
+            tokens, _ = self.backbone.forward_crops(crops, masks, mask_index)
+            z = self.head.bottleneck(tokens)
         cls, patches = z.split((len(z) - len(mask_index), len(mask_index)))
-        return *self.head.last_layers(cls, patches), mean_logits
+        return *self.head.last_layers(cls, patches), mean_logits, tokens[:len(cls)]
 
 
 def flops_per_step(student, teacher, global_crops, cells, masked, local_crops, patch_mean):
@@ -128,7 +130,7 @@ def flops_per_step(student, teacher, global_crops, cells, masked, local_crops, p
             wanted = None if teacher.head.has_batch_norm or patch_mean else index
             z = teacher.head.bottleneck(teacher.backbone.forward_crops([crops], wanted=wanted)[0])
             teacher.head.last_layers(z[:global_crops[0]], z[:len(index)])
-        student_cls, student_patch, _ = student(crops, index, masks=masks, local_crops=others)
+        student_cls, student_patch, *_ = student(crops, index, masks=masks, local_crops=others)
         (student_cls.sum() + student_patch.sum()).backward()
     return counter.get_total_flops()
 

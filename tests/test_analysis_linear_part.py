@@ -8,7 +8,8 @@ from analysis_data import nano, run_main, write_checkpoint
 
 import engine
 from analysis.linear_part import eval as linear_part
-from evaluation.common.linear import ProbeRun, sweep_configs
+from evaluation.common.heads import sweep_configs
+from evaluation.common.linear import ProbeRun
 
 
 def test_features_by_hand():
@@ -76,6 +77,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, digits, tmp_path,
         assert record["metrics"] == one[place]["metrics"]
         logs = [(tmp_path / n / f"top{place[1]}/log.txt").read_text() for n in "13"]
         assert logs[0] == logs[1] and logs[0].count("\n") == 3
+
+
+@pytest.mark.parametrize("stop, words", [(engine.Preempted, ()), (KeyboardInterrupt, ("--save_every_steps", "1"))])
+def test_all_k_stop_and_are_saved_together(checkpoint, digits, tmp_path, monkeypatch, stop, words):
+    """In the second epoch, after one of three updates: by a signal, or killed with a checkpoint after every update."""
+    words = ("--batch_size", "40", "--topk", "1", "16", "--epochs", "2", *words)
+    run_main(monkeypatch, linear_part, *flags(checkpoint, digits, tmp_path / "whole", *words))
+    plain, calls = engine.StopSignals.wait_for, []
+
+    def wait_for(signals, call):
+        calls.append(call)
+        if len(calls) == 5 and stop is KeyboardInterrupt:
+            raise stop
+        signals.received = signals.received or ("SIGTERM" if len(calls) == 5 else None)
+        return plain(signals, call)
+
+    with monkeypatch.context() as patch, pytest.raises(stop):
+        patch.setattr(engine.StopSignals, "wait_for", wait_for)
+        run_main(patch, linear_part, *flags(checkpoint, digits, tmp_path / "cut", *words))
+    for k in (1, 16):
+        state = engine.load_checkpoint(tmp_path / f"cut/top{k}/checkpoint_teacher_linear_last.pth")
+        assert (state["epoch"], state["progress"]["step"]) == (1, 1)
+    run_main(monkeypatch, linear_part, *flags(checkpoint, digits, tmp_path / "cut", *words, "--load_from", "auto"))
+    for k in (1, 16):
+        whole, cut = (tmp_path / name / f"top{k}" for name in ("whole", "cut"))
+        assert (whole / "log.txt").read_text() == (cut / "log.txt").read_text()
+        a, b = (engine.load_checkpoint(folder / "checkpoint_teacher_linear_last.pth")["state_dict"] for folder in (whole, cut))
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_random_crops_and_two_keys(checkpoint, digits, tmp_path, monkeypatch):

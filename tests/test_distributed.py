@@ -17,7 +17,7 @@ import utils
 from models.head import SumOverProcesses
 
 
-def steps(rank, world_size, accum_iter, norm, folder):
+def steps(rank, world_size, accum_iter, norm, variant, folder):
     """Three steps on this process's share of fixed batches, taken in `accum_iter` parts; process 0 saves losses, centres and
     parameters."""
     torch.set_num_threads(1)
@@ -33,6 +33,7 @@ def steps(rank, world_size, accum_iter, norm, folder):
     ddp = engine.data_parallel(student, torch.device("cpu"), accum_iter) if world_size > 1 else student
     temps = np.full(1, 0.05)
     ibot_loss = main_ibot.iBOTLoss(32, 32, temps, temps)
+    ibot_loss.sinkhorn, ibot_loss.koleo = variant
     # SGD with momentum: Adam would scale the rounding noise of gradients that are zero up to whole steps.
     optimizer = utils.build_optimizer("sgd", utils.get_params_groups(student), torch.device("cpu"))
     B, share = 4, 4 // world_size // accum_iter
@@ -63,10 +64,12 @@ def steps(rank, world_size, accum_iter, norm, folder):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("norm, accum_iter", [(None, 1), (None, 2), ("bn", 1)])
-def test_two_processes_equal_one(norm, accum_iter, tmp_path):
+@pytest.mark.parametrize("norm, accum_iter, variant", [
+    (None, 1, (False, 0)), (None, 2, (False, 0)), ("bn", 1, (False, 0)), (None, 1, (True, 0.5))])
+def test_two_processes_equal_one(norm, accum_iter, variant, tmp_path):
     for world_size, parts in ((1, 1), (2, accum_iter)):
-        multiprocessing.start_processes(steps, (world_size, parts, norm, str(tmp_path)), nprocs=world_size, start_method="fork")
+        multiprocessing.start_processes(steps, (world_size, parts, norm, variant, str(tmp_path)), nprocs=world_size,
+                                        start_method="fork")
     one, two = (engine.load_checkpoint(tmp_path / name) for name in ("1.1.pth", f"2.{accum_iter}.pth"))
     assert one.keys() == two.keys() and len(one) > 100
     for name in one:

@@ -465,7 +465,7 @@ def test_collapse_signs_equal_plain_ones():
 def test_collapse_is_said_in_words(digits, tmp_path, capsys):
     healthy = {"cls_entropy": 3.0, "patch_entropy": 3.0, "cls_used": 0.5, "patch_used": 0.5, "cls_std": 0.05}
     assert collapse.warnings(healthy, 64, 64, 0.04) == {}
-    for change, words in (({"cls_entropy": np.log(64)}, "[CLS] targets are all but uniform"), ({"cls_entropy": np.log(64)}, "lower --center_momentum"),
+    for change, words in (({"cls_entropy": np.log(64)}, "[CLS] targets are all but uniform"), ({"cls_entropy": np.log(64)}, "--centering sinkhorn"),
                           ({"patch_entropy": np.log(64)}, "lower --teacher_patch_temp"),
                           ({"cls_used": 1 / 64}, "one of 64 [CLS] clusters"), ({"cls_std": 1e-6}, "hardly differ between images")):
         (sign, warning), = collapse.warnings(healthy | change, 64, 64, 0.04).items()

@@ -312,7 +312,7 @@ def test_every_parameter_learns(words):
     model, _ = finetune.build_network(parse("--init_scale", 1, "--drop_path", 0, *words), "random", {}, 10)
     optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0)
     batch = (torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))
-    losses = [finetune.train_step(iter([batch]), model, optimizer, None, 1e-3, 0.0)["loss"] for _ in range(3)]
+    losses = [finetune.train_step(iter([batch]), finetune.Training(model, optimizer), 1e-3, 0.0)["loss"] for _ in range(3)]
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert losses[2] < losses[0]
 
@@ -330,8 +330,9 @@ def test_first_updates_equal_plain_adamw():
     torch.manual_seed(3)
     for t, (lr, wd) in enumerate(((1e-2, 0.05), (5e-3, 0.1)), start=1):
         batches = [(torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(10, (4,))) for _ in range(2)]
-        means = finetune.train_step(iter(batches), model, optimizer, None, lr, wd, smoothing=0.1, clip_grad=0.5,
-                                    ema=finetune.ema_pairs(model, average), ema_decay=0.9, accum_iter=2)
+        means = finetune.train_step(
+            iter(batches), finetune.Training(model, optimizer, ema=finetune.ema_pairs(model, average)), lr, wd, smoothing=0.1,
+            clip_grad=0.5, ema_decay=0.9, accum_iter=2)
         leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         logits = torch.func.functional_call(model.train(), leaves, (images,))
@@ -362,9 +363,10 @@ def test_update_with_numbers_that_are_not_finite_is_not_made():
     optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 1.0, False), lr=0.0, fused=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images = torch.randn(4, 3, 32, 32)
-    means = finetune.train_step(iter([(images * math.inf, torch.zeros(4, dtype=torch.int64))]), model, optimizer, None, 1e-2, 0.1)
+    training = finetune.Training(model, optimizer)
+    means = finetune.train_step(iter([(images * math.inf, torch.zeros(4, dtype=torch.int64))]), training, 1e-2, 0.1)
     assert not means["loss"].isfinite() and all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    finetune.train_step(iter([(images, torch.zeros(4, dtype=torch.int64))]), model, optimizer, None, 1e-2, 0.1)
+    finetune.train_step(iter([(images, torch.zeros(4, dtype=torch.int64))]), training, 1e-2, 0.1)
     assert not torch.equal(model.head.weight, before["head.weight"])
 
 
@@ -377,7 +379,8 @@ def test_mixed_precision(dtype):
         model.head.register_forward_hook(lambda m, given, out: seen.update(logits=out.dtype))
         optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if amp_dtype is torch.float16 else None
-        found[amp_dtype] = finetune.train_step(iter([batch]), model, optimizer, scaler, 1e-3, 0.0, amp_dtype=amp_dtype)
+        found[amp_dtype] = finetune.train_step(
+            iter([batch]), finetune.Training(model, optimizer, scaler, amp_dtype=amp_dtype), 1e-3, 0.0)
     assert seen["logits"] is dtype and found[dtype]["loss"].dtype is torch.float32 and model.head.weight.dtype is torch.float32
     for name in ("loss", "grad_norm"):
         torch.testing.assert_close(found[dtype][name], found[None][name], rtol=0.05, atol=0)
@@ -586,8 +589,8 @@ def three_steps(rank, world_size, accum_iter, folder):
         labels = torch.randint(10, (8,), generator=generator)
         share = 8 // world_size // accum_iter
         parts = [slice(i * share, (i + 1) * share) for i in range(rank * accum_iter, (rank + 1) * accum_iter)]
-        finetune.train_step(iter([(images[p], labels[p]) for p in parts]), network, optimizer, None, 1e-2, 0.1, clip_grad=1.0,
-                            accum_iter=accum_iter)
+        finetune.train_step(iter([(images[p], labels[p]) for p in parts]), finetune.Training(network, optimizer), 1e-2, 0.1,
+                            clip_grad=1.0, accum_iter=accum_iter)
     if rank == 0:
         torch.save(model.state_dict(), f"{folder}/{world_size}.{accum_iter}.pth")
 
@@ -717,8 +720,8 @@ def test_stopped_run_goes_on_bit_for_bit(fetch, whole, digits, tmp_path, at_fetc
 
 def test_saves_in_mid_epoch_and_finished_runs(whole, digits, tmp_path, monkeypatch, capsys):
     saved = []
-    original = finetune.save
-    monkeypatch.setattr(finetune, "save", lambda *args: saved.append((args[1], args[3].progress["step"])) or original(*args))
+    original = engine.Run.save
+    monkeypatch.setattr(engine.Run, "save", lambda run, *args: saved.append((run.epoch, run.step)) or original(run, *args))
     words = ["--data_path", digits, "--output_dir", tmp_path, *FULL]
     train(*words, "--save_every_steps", 3)
     assert saved == [(0, 3), (0, 6), (1, 2), (1, 5), (2, 0)] or saved == [(0, 3), (0, 6), (1, 0), (1, 2), (1, 5), (2, 0)]
@@ -830,6 +833,45 @@ def test_sweep_of_rates(digits, tmp_path, capsys):
     assert json.loads((tmp_path / "lr_0.003" / "results.json").read_text())[0]["settings"]["lr"] == 3e-3
     train(*words, "--load_from", "auto")  # all finished
     assert len(json.loads((tmp_path / "results.json").read_text())) == 1
+
+
+def test_rate_that_diverges_is_left_out_of_a_sweep(digits, tmp_path, capsys):
+    words = ["--data_path", digits, "--epochs", 1, *PLAIN]
+    found = train(*words, "--output_dir", tmp_path / "one", "--lr", "1e30,2e-3")
+    out = capsys.readouterr().out
+    assert list(found["random"]) == [2e-3] and "lr 1e+30 diverged: not finite at step " in out and out.count("<- best") == 1
+    (record,) = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert (record["settings"]["swept"], record["settings"]["diverged"]) == ([1e30, 2e-3], [1e30])
+    assert record["settings"]["lr"] == 2e-3 and not (tmp_path / "one" / "lr_1e+30" / "results.json").exists()
+    with pytest.raises(FloatingPointError, match="all rates of --lr 1e30,2e30 diverged for random"):
+        train(*words, "--output_dir", tmp_path / "none", "--lr", "1e30,2e30")
+    assert "lr 2e+30 diverged" in capsys.readouterr().out and not (tmp_path / "none" / "results.json").exists()
+
+
+def sweep_of_two(rank, data, folder):
+    """Images of the second process alone are no numbers, at the second update and the first rate."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    step, calls = finetune.train_step, []
+
+    def poisoned(batches, *args, **kwargs):
+        calls.append(1)
+        images, labels = next(batches)
+        return step(iter([(images * (math.nan if len(calls) == 2 and rank else 1), labels)]), *args, **kwargs)
+    finetune.train_step = poisoned
+    found = train("--data_path", data, "--output_dir", f"{folder}/run", "--epochs", 1, *PLAIN, "--batch_size", 8, "--lr", "1e-3,2e-3",
+                  "--dist_url", f"file://{folder}/rendezvous")
+    rates = {rate: validations["last"] for rate, (validations, _) in found["random"].items()}
+    (folder / f"{rank}.json").write_text(json.dumps(rates))
+    dist.destroy_process_group()
+
+
+def test_processes_agree_that_a_rate_diverged(digits, tmp_path):
+    multiprocessing.start_processes(sweep_of_two, (digits, tmp_path), nprocs=2, start_method="fork")
+    one, two = ((tmp_path / f"{rank}.json").read_text() for rank in (0, 1))
+    assert one == two and list(json.loads(one)) == ["0.002"]
+    (record,) = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert record["settings"]["diverged"] == [1e-3] and record["settings"]["lr"] == 2e-3
 
 
 def test_transfer_and_few_labels(pretrained, digits, tmp_path):

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -18,17 +20,11 @@ import engine
 import models
 import utils
 from evaluation import eval_linear, eval_linear_multi
-from evaluation.common.data import eval_transform, image_sets
+from evaluation.common.augment import AugmentedImages, ShareOfBatches
+from evaluation.common.data import epoch_order, eval_transform, image_sets
 from evaluation.common.features import feature_dim, pool_features
-from evaluation.common.linear import (
-    AugmentedImages,
-    HeadConfig,
-    LinearHeads,
-    ShareOfBatches,
-    best_head,
-    epoch_order,
-    sweep_configs,
-)
+from evaluation.common.heads import HeadConfig, LinearHeads, sweep_configs
+from evaluation.common.linear import best_head
 
 # ---------------------------------------------------------------- the grid
 
@@ -337,20 +333,19 @@ def test_resuming_equals_an_uninterrupted_run(probe, script, words, tmp_path, mo
     with monkeypatch.context() as patch:
         original = engine.save_atomically
 
-        def killed(state, path):
+        def killed(state, path, previous):
             original(state, path)
             if path.name.endswith("_last.pth") and state["epoch"] == 2:
                 raise KeyboardInterrupt
-        patch.setattr(engine, "save_atomically", killed)
+        patch.setattr(engine.files, "save_atomically", killed)
         with pytest.raises(SystemExit):  # engine.run turned it into an exit code
             probe(script, tmp_path / "cut", *words, "--overwrite", "true")
-    assert len(lines(tmp_path / "cut")) == 1
+    assert len(lines(tmp_path / "cut")) == 2
     probe(script, tmp_path / "cut", *words, "--load_from", "checkpoint_teacher_linear_last.pth")
     whole, cut = (read(tmp_path / name / "checkpoint_teacher_linear_last.pth") for name in ("whole", "cut"))
     assert all(torch.equal(value, cut["state_dict"][name]) for name, value in whole["state_dict"].items())
     assert whole["best"] == cut["best"] and whole["best_acc"] == cut["best_acc"]
-    assert [line["epoch"] for line in lines(tmp_path / "cut")] == [0, 2]  # killed between its checkpoint and its line
-    assert lines(tmp_path / "cut")[1] == lines(tmp_path / "whole")[2]
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole") and len(lines(tmp_path / "cut")) == 3
     # Back to the best epoch: the later lines go and come again.
     probe(script, tmp_path / "whole", *words, "--load_from", "checkpoint_teacher_linear.pth")
     assert [line["epoch"] for line in lines(tmp_path / "whole")] == [0, 1, 2]
@@ -362,7 +357,7 @@ def test_a_file_of_the_reference_is_resumed(probe, tmp_path, monkeypatch):
     """Its entries alone, optimiser and schedule as torch writes them."""
     states, original = [], engine.save_atomically
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "save_atomically", lambda state, path: (original(state, path), states.append(read(path))))
+        patch.setattr(engine.files, "save_atomically", lambda state, path, previous: (original(state, path), states.append(read(path))))
         probe(eval_linear, tmp_path, "--lr", 1)
     state = next(state for state in states if state["epoch"] == 2)
     whole = read(tmp_path / "checkpoint_teacher_linear_last.pth")
@@ -380,11 +375,68 @@ def test_a_file_of_the_reference_is_resumed(probe, tmp_path, monkeypatch):
     assert again["best_acc"] == whole["best_acc"]
 
 
+def stop_at(fetch, patch):
+    """SIGTERM while that fetch of this process, counted from 1, is waited for."""
+    original, fetched = engine.StopSignals.wait_for, []
+
+    def wait_for(signals, call):
+        fetched.append(call)
+        return original(signals, (lambda: os.kill(os.getpid(), signal.SIGTERM)) if len(fetched) == fetch else call)
+    patch.setattr(engine.StopSignals, "wait_for", wait_for)
+
+
+def assert_same_end(whole, cut):
+    """All that two runs leave is the same, but for the time and what they were called with."""
+    for name in ("checkpoint_teacher_linear_last.pth", "checkpoint_teacher_linear.pth"):
+        a, b = (flat({**read(folder / name), "args": None}) for folder in (whole, cut))
+        assert a.keys() == b.keys()
+        assert [key for key in a if not (torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key])] == []
+    assert lines(whole) == lines(cut)
+
+
+def flat(value, name=""):
+    if not isinstance(value, (dict, list)):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for place, part in items for key, leaf in flat(part, f"{name}.{place}").items()}
+
+
+@pytest.mark.parametrize("script, words", [(eval_linear_multi, ["--sweep_lr_only", "false", "--augment", "false"]),
+                                           (eval_linear, ["--lr", "1", "--val_freq", "2"])])
+def test_a_stopped_probe_goes_on_bit_for_bit(probe, script, words, tmp_path, monkeypatch, capfd):
+    """SIGTERM before the first validation, in mid-epoch after it, and before the first batch of an epoch."""
+    probe(script, tmp_path / "whole", *words)
+    for fetch, epoch, step in ((2, 0, 1), (5, 1, 1), (7, 2, 0)):
+        with monkeypatch.context() as patch, pytest.raises(engine.Preempted, match=(
+                f"stopped by a signal at epoch {epoch}, step {step}, and saved: the same command with --load_from auto")):
+            stop_at(fetch, patch)
+            patch.setattr(engine, "run", lambda main: main())
+            probe(script, tmp_path / str(fetch), *words)
+        output = probe(script, tmp_path / str(fetch), *words, "--load_from", "auto")
+        assert f"starting at epoch {epoch} of 3" + f", step {step}" * (step > 0) + "\n" in output
+        assert_same_end(tmp_path / "whole", tmp_path / str(fetch))
+
+
+def test_a_full_disk_is_a_warning(probe, tmp_path, capfd, file_limit):
+    file_limit(20_000)  # of some 35,000
+    output = probe(eval_linear, tmp_path, "--lr", 1)
+    file_limit(resource.RLIM_INFINITY)
+    assert "teacher, best: top-1" in output and [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "results.json", ".results.json.lock"}
+    file_limit(20_000)
+    with pytest.raises(SystemExit):
+        probe(eval_linear, tmp_path / "stop", "--lr", 1, "--on_save_error", "stop", "--print_freq", 1)
+    file_limit(resource.RLIM_INFINITY)
+    captured = capfd.readouterr()
+    assert re.fullmatch(r"error: .*checkpoint_teacher_linear_last.pth could not be written .*intact\n", captured.err)
+    assert re.search(r"epoch 0/3 \[2/3\]  loss \d\.\d+  .* images/s", captured.out)
+
+
 PARTS = {"augmented": ("multi", ["--augment", "true"]), "kept": ("multi", ["--augment", "false"]), "solo": ("solo", [])}
 
 
 def run_parts(rank, processes, folder, words):
-    """All of PARTS in this process, one of `processes`."""
+    """All of PARTS in this process, one of `processes`; of two also a run that is stopped and resumed."""
     if processes > 1:
         torch.set_num_threads(1)
         os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)})
@@ -392,6 +444,20 @@ def run_parts(rank, processes, folder, words):
         sys.argv = ["script", *words, *more, "--batch_size_per_gpu", str(34 // processes), "--output_dir", f"{folder}/{processes}/{name}",
                     "--dist_url", f"file://{folder}/rendezvous-{name}"]
         engine.run({"multi": eval_linear_multi, "solo": eval_linear}[script].main)
+    if processes == 1:
+        return
+    # The first of them once more: a signal to one of two processes stops both, in mid-epoch, and they go on.
+    for i, more in enumerate(([], ["--load_from", "auto"])):
+        sys.argv = ["script", *words, "--batch_size_per_gpu", "17", "--output_dir", f"{folder}/cut",
+                    "--dist_url", f"file://{folder}/rendezvous-cut{i}", *more]
+        if more:
+            engine.run(eval_linear_multi.main)
+            continue
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(engine.Preempted, match="at epoch 1, step 1, and saved"):
+            if rank == 1:
+                stop_at(6, patch)
+            eval_linear_multi.main()
+        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(checkpoint, digits, tmp_path, monkeypatch):
@@ -409,6 +475,7 @@ def test_two_processes_equal_one(checkpoint, digits, tmp_path, monkeypatch):
         assert [line["epoch"] for line in lines(tmp_path / "2" / name)] == [0, 1]
         assert lines(tmp_path / "2" / name)[1] == pytest.approx(lines(tmp_path / "1" / name)[1], rel=1e-4)
         assert read(tmp_path / "2" / name / "checkpoint_teacher_linear.pth")["settings"]["total_batch"] == 34
+    assert_same_end(tmp_path / "2" / "augmented", tmp_path / "cut")
 
 
 def test_validation_frequency_keys_and_outputs(probe, tmp_path):

@@ -44,6 +44,7 @@ def test_digits_folder_and_report(call, main, tmp_path):
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert "k-NN top-1 (k = 10, 503 validation images): untrained network" in text and "trained teacher" in text
     assert f"total {log[0]['train_loss']:.3f} -> {log[1]['train_loss']:.3f}" in text
+    assert "ln K = 3.466" in text
     for name in ("checkpoint.pth", "log.txt", "crops.png", "pictures/loss.png", "pictures/neighbours.png",
                  "pictures/attention.png"):
         assert str(out / name) in text and (out / name).stat().st_size > 0

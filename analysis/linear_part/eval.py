@@ -26,17 +26,8 @@ from evaluation.common.arguments import checkpoint_keys, int_from
 from evaluation.common.charts import draw_curves
 from evaluation.common.data import eval_transform, image_sets
 from evaluation.common.features import extract_features, sharded_loader
-from evaluation.common.linear import (
-    ProbeRun,
-    add_probe_flags,
-    augmented_epochs,
-    check_output,
-    everywhere,
-    kept_epochs,
-    probe_settings,
-    sweep_configs,
-    train_runs,
-)
+from evaluation.common.heads import sweep_configs
+from evaluation.common.linear import ProbeRun, add_probe_flags, check_probe, probe_settings, run_probes
 from evaluation.common.protocol import start_process
 from evaluation.common.results import read_results, results_folder
 
@@ -91,26 +82,16 @@ def probe(args, keys, backbone, train, val, process):
                 "weights_hash": backbone.weights_hash, "data_path": train.root, "train_images": len(train),
                 "val_images": len(val), "reverse_top": args.reverse_top, **probe_settings(args, configs, total_batch),
                 **backbone.pixel_stats.as_settings()}
-    runs = [ProbeRun(backbone.key, folder_of(args, keys, backbone.key, k), configs, D, len(train.classes),
-                     settings | {"topk": k}, True, process, f"{backbone.key}, k = {k}") for k in args.topk]
-    for run in runs:
-        run.prepare(args.load_from, args.overwrite)
+    probes = [ProbeRun(backbone.key, folder_of(args, keys, backbone.key, k), configs, D, len(train.classes),
+                       settings | {"topk": k}, True, process, f"{backbone.key}, k = {k}") for k in args.topk]
+    fn = feature_fn(model, args.topk, args.reverse_top)
 
-    if any(run.start < args.epochs for run in runs):
-        fn = feature_fn(model, args.topk, args.reverse_top)
+    def of_centre_crops(images):
+        cut = images.with_transform(eval_transform(backbone.image_size, backbone.normalize))
+        return extract_features(fn, sharded_loader(cut, args.batch_size, args.num_workers, process), process, images.name)
 
-        def of_centre_crops(images):
-            cut = images.with_transform(eval_transform(backbone.image_size, backbone.normalize))
-            loader = sharded_loader(cut, args.batch_size, args.num_workers, process)
-            return everywhere(*extract_features(fn, loader, process, images.name), (len(images), len(runs) * D), process)
-
-        val_features, val_labels = of_centre_crops(val)
-        if args.augment:
-            batches_of = augmented_epochs(args, backbone, train, total_batch, process, fn)
-        else:
-            batches_of = kept_epochs(args, *of_centre_crops(train), total_batch, process)
-        train_runs(runs, batches_of, val_features, val_labels, args, "linear_part")
-    return sorted((run.settings["topk"], run.best["best"]["top1"]) for run in runs)
+    run_probes(args, probes, "linear_part", backbone, train, val, of_centre_crops, fn)
+    return sorted((probe.settings["topk"], probe.best["best"]["top1"]) for probe in probes)
 
 
 def main():
@@ -122,7 +103,7 @@ def main():
     read_results(results_folder(args))  # a damaged file is found before the work
     for key in keys:
         for k in args.topk:
-            check_output(folder_of(args, keys, key, k), key, args)
+            check_probe(folder_of(args, keys, key, k), key, args)
     backbones = [common.load_vit(args.pretrained_weights, key, args.arch, args.patch_size, args.image_size)[0]
                  for key in keys]
     for backbone in backbones:

@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import engine
-from evaluation.common.finetune import Protocol, finetune, finetune_parser
+from evaluation.common.finetune import Protocol, finetune
+from evaluation.common.finetune_flags import finetune_parser
 from evaluation.common.reference_flags import our_words
 
 

@@ -54,10 +54,7 @@ def evaluation_parser(description, frozen=True, labelled=True):
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", help="folder whose results.json gets a record of this evaluation")
     run.add_argument("--results_dir", help="another folder for results.json")
-    run.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    run.add_argument("--dist_url", default="env://", help="where the processes meet")
-    # Old launchers pass it; the environment says the same.
-    run.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    engine.add_device_flags(run)
     return parser
 
 

@@ -1,8 +1,9 @@
-"""Images of fine-tuning: timm's augmentations as a pure function of the image's place, and which image is used when.
+"""Training images of evaluations: crops and augmentations as a pure function of the image's place, and which is used when.
 
 Letters: n images of the data set, B images per process and batch, W processes, K batches of an update.
 """
 import contextlib
+import math
 import random
 
 import numpy as np
@@ -133,3 +134,48 @@ class UpdateBatches:
         for first in range(self.start * self.accum_iter, self.steps * self.accum_iter):
             places = range(first * self.batch_size * W + self.process.rank, (first + 1) * self.batch_size * W, W)
             yield [(self.epoch, place, int(order[place])) for place in places]
+
+
+# ---------------------------------------------------------------- linear probes
+
+class AugmentedImages(Dataset):
+    """Random resized crops, uint8 [3, size, size], of an `ImageSet`; indexed by (epoch, index).
+
+    A crop is a pure function of (seed, epoch, index), whatever the number of workers and processes.
+    """
+
+    def __init__(self, images, size, seed, hflip=0.5):
+        self.seed = seed
+        self.images = images.with_transform(v2.Compose([
+            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR), v2.RandomHorizontalFlip(hflip),
+            v2.PILToTensor()]))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place):
+        epoch, index = place
+        with torch.random.fork_rng(devices=[]):
+            state = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would seed the GPUs too
+            return self.images[index]
+
+
+class ShareOfBatches:
+    """Batch sampler: this process's share of every batch of `epoch` from number `first` on, as (epoch, index).
+
+    Batches hold `batch_size` images of all processes, the last one what is left; nothing is repeated to fill it up. A
+    share that would be empty is one image, which `gather_shares` drops.
+    """
+
+    def __init__(self, n, batch_size, process, seed):
+        self.n, self.batch_size, self.process, self.seed = n, batch_size, process, seed
+        self.epoch = self.first = 0
+
+    def __len__(self):
+        return math.ceil(self.n / self.batch_size)
+
+    def __iter__(self):
+        for batch in epoch_order(self.n, self.seed, self.epoch).split(self.batch_size)[self.first:]:
+            share = batch[self.process.rank::self.process.world_size]
+            yield [(self.epoch, index) for index in (share if len(share) else batch[:1]).tolist()]

@@ -146,6 +146,19 @@ def frozen_features(backbone, images, process, n_last_blocks=1, avgpool_patchtok
     return features, labels
 
 
+def everywhere(features, labels, shape, process):
+    """Rank 0's features of `shape` and labels, in every process and on its device if they take half of its free memory."""
+    tensors = [features, labels]
+    if process.rank > 0:
+        tensors = [torch.empty(shape), torch.empty(shape[0], dtype=torch.int64)]
+    for rows in (rows for tensor in tensors for rows in tensor.split(2**16) if process.world_size > 1):
+        buffer = rows.to(process.device)  # in chunks, by way of the devices
+        dist.broadcast(buffer, 0)
+        rows.copy_(buffer)
+    room = torch.cuda.mem_get_info(process.device)[0] / 2 if process.device.type == "cuda" else 0
+    return [tensor.to(process.device) if tensor.nbytes <= room else tensor for tensor in tensors]
+
+
 def _say_size(size, name, folder):
     """Print how many bytes the features will take. Raises InputError when the disk has not as many."""
     there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())

@@ -7,190 +7,31 @@ Every process computes the features of its share of a batch and gets the others'
 the whole batch: features are far smaller than the gradients of many heads, and each head meets the same numbers however
 many processes there are.
 """
-import json
 import math
-import time
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 
 import engine
 from evaluation.common.arguments import checkpoint_keys, evaluation_parser, int_from, probability
+from evaluation.common.augment import AugmentedImages, ShareOfBatches
 from evaluation.common.data import epoch_order
-from evaluation.common.features import feature_dim, frozen_features, pool_features
+from evaluation.common.features import everywhere, feature_dim, frozen_features, pool_features
+from evaluation.common.heads import LARS_ETA, MOMENTUM, LinearHeads
 from evaluation.common.protocol import read_backbones, read_sets, start_process
 from evaluation.common.results import append_result, results_folder, shared_settings
 
-MOMENTUM, LARS_ETA = 0.9, 0.001
-
-
-# ---------------------------------------------------------------- heads
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """`lr` is for a batch of 256 images; `optimizer` is "sgd" or "lars"."""
-    lr: float
-    weight_decay: float = 0.0
-    optimizer: str = "sgd"
-
-    @property
-    def is_plain(self):
-        """SGD without decay, as in the sweep of rates alone."""
-        return self.optimizer == "sgd" and not self.weight_decay
-
-
-def sweep_configs(sweep_lr_only=True):
-    """The reference's grid: 45 rates 1e-4, 2e-4, ... 9 with plain SGD; in full each with two decays and two optimisers.
-
-    The rate is outermost, then the decay, then the optimiser: plain SGD without decay has every fourth index of 180.
-    """
-    rates = [float(f"{n}e{k}") for k in range(-4, 1) for n in range(1, 10)]
-    if sweep_lr_only:
-        return [HeadConfig(rate) for rate in rates]
-    return [HeadConfig(rate, decay, optimizer) for rate in rates for decay in (0.0, 1e-6) for optimizer in ("sgd", "lars")]
-
-
-class LinearHeads:
-    """H linear classifiers of the same features and their optimisers, computed as one.
-
-    The weights of all heads form one matrix [H * C, F]: a product gives all logits, another all gradients, which are
-    written down (softmax minus one-hot) rather than traced. Optimisers are SGD with momentum 0.9 (decay of weights and
-    biases, as torch's) and LARS (You et al., 2017; decay and trust ratio of weights alone).
-
-    All heads start from the same weights, normal(0, 0.01) drawn with `seed`, and biases 0: they differ by their
-    configuration alone, and a head of a sweep is the one that the same rate gives alone.
-
-    `block` is the most logits computed at a time; by default what a CPU's cache holds, or 256 MB on other devices.
-    """
-
-    def __init__(self, configs, dim, num_classes, seed=0, device="cpu", block=None):
-        H, C = len(configs), num_classes
-        self.block = block or (2**20 if torch.device(device).type == "cpu" else 2**26)
-        first = torch.empty(C, dim).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
-        self.weight = first.to(device).repeat(H, 1, 1)  # [H, C, F]
-        self.bias = torch.zeros(H, C, device=device)
-        self.weight_momentum, self.bias_momentum = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.rate = torch.tensor([c.lr for c in configs], device=device)  # [H]
-        self.decay = torch.tensor([c.weight_decay for c in configs], device=device)
-        self.lars = torch.tensor([c.optimizer == "lars" for c in configs], dtype=torch.bool, device=device)
-        self.plain = all(c.is_plain for c in configs)
-
-    def _parts(self, batch):
-        """Slices of the heads whose logits for `batch` rows are a block each; one empty slice when there are no heads."""
-        H, C, _ = self.weight.shape
-        step = max(1, self.block // (C * batch))
-        return [slice(first, min(first + step, H)) for first in range(0, max(H, 1), step)]
-
-    def _log_probabilities(self, part, features):
-        """[B, F] -> [h, C, B] of the h heads in `part`: with the images innermost all is vectorised however few classes."""
-        h, C, F = self.weight[part].shape
-        logits = torch.addmm(self.bias[part].view(h * C, 1), self.weight[part].view(h * C, F), features.T)
-        return torch.log_softmax(logits.view(h, C, len(features)), dim=1)
-
-    @torch.no_grad()
-    def step(self, features, labels, rate_scale):
-        """One update of all heads by the mean cross-entropy of a batch; rates are `rate_scale` times their own.
-
-        features [B, F], labels int64 [B]. Returns the losses [H] before the update.
-        """
-        return torch.cat([self._step(part, features, labels, rate_scale) for part in self._parts(len(features))])
-
-    def _step(self, part, features, labels, rate_scale):
-        weight, bias, weight_momentum, bias_momentum = (
-            x[part] for x in (self.weight, self.bias, self.weight_momentum, self.bias_momentum))
-        h, C, F = weight.shape
-        B = len(features)
-        gradient = self._log_probabilities(part, features)  # becomes that of the sum over the batch by the logits
-        target = labels.expand(h, 1, B)
-        losses = -gradient.gather(1, target).mean(dim=(1, 2))
-        # Probabilities below 1e-26 move no weight, but those below 1e-38 are denormal numbers, on which CPUs are slow.
-        gradient.clamp_(min=-60).exp_().scatter_add_(1, target, gradient.new_full((), -1.0).expand(h, 1, B))
-        bias_gradient = gradient.sum(dim=2) / B
-        gradient = gradient.view(h * C, B)
-        if self.plain:
-            weight_momentum.view(h * C, F).addmm_(gradient, features, beta=MOMENTUM, alpha=1 / B)
-        else:
-            decay, lars = self.decay[part], self.lars[part]
-            weight_gradient = (gradient @ features).view(h, C, F).div_(B).addcmul_(weight, decay[:, None, None])
-            bias_gradient.addcmul_(bias, torch.where(lars, 0, decay)[:, None])
-            norm, gradient_norm = (x.flatten(1).norm(dim=1) for x in (weight, weight_gradient))
-            trust = torch.where(lars & (norm > 0) & (gradient_norm > 0), LARS_ETA * norm / gradient_norm, 1.0)
-            weight_momentum.mul_(MOMENTUM).addcmul_(weight_gradient, trust[:, None, None])
-        bias_momentum.mul_(MOMENTUM).add_(bias_gradient)
-        rate = (-rate_scale * self.rate[part])[:, None]
-        weight.addcmul_(weight_momentum, rate[..., None])
-        bias.addcmul_(bias_momentum, rate)
-        return losses
-
-    @torch.no_grad()
-    def evaluate(self, features, labels, rows=1024):
-        """Mean cross-entropy, top-1 and top-5 accuracy in percent of every head: float64 [H, 3] on the CPU.
-
-        features [n, F], labels int64 [n], on any device, taken `rows` at a time. A class that ties with the right one, or
-        whose output is not a number, counts as above it.
-        """
-        device, sums = self.weight.device, 0
-        for x, y in zip(features.split(rows), labels.split(rows), strict=True):
-            x, y = x.to(device), y.to(device)
-            found = []
-            for part in self._parts(len(x)):
-                log_p = self._log_probabilities(part, x)
-                own = log_p.gather(1, y.expand(len(log_p), 1, -1))  # [h, 1, b]
-                place = (~(log_p < own)).sum(dim=1)  # [h, b], 1 for the likeliest class
-                found.append(torch.stack((-own[:, 0].sum(dim=1), (place <= 1).sum(dim=1), (place <= 5).sum(dim=1)), dim=1))
-            sums += torch.cat(found).cpu().double()
-        return sums / len(labels) * torch.tensor([1.0, 100.0, 100.0])
+# Flags that a resumed probe may have otherwise without a word; the settings, which it may not, are compared apart.
+FREE_FLAGS = {"pretrained_weights", "checkpoint_key", "dump_features", "load_features", "results_dir", "download"}
 
 
 # ---------------------------------------------------------------- batches of features
-
-class AugmentedImages(Dataset):
-    """Random resized crops, uint8 [3, size, size], of an `ImageSet`; indexed by (epoch, index).
-
-    A crop is a pure function of (seed, epoch, index), whatever the number of workers and processes.
-    """
-
-    def __init__(self, images, size, seed, hflip=0.5):
-        self.seed = seed
-        self.images = images.with_transform(v2.Compose([
-            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR), v2.RandomHorizontalFlip(hflip),
-            v2.PILToTensor()]))
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, place):
-        epoch, index = place
-        with torch.random.fork_rng(devices=[]):
-            state = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
-            torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would seed the GPUs too
-            return self.images[index]
-
-
-class ShareOfBatches:
-    """Batch sampler: this process's share of every batch of an epoch, as (epoch, index) for `AugmentedImages`.
-
-    Batches hold `batch_size` images of all processes, the last one what is left; nothing is repeated to fill it up. A
-    share that would be empty is one image, which `gather_shares` drops.
-    """
-
-    def __init__(self, n, batch_size, process, seed):
-        self.n, self.batch_size, self.process, self.seed, self.epoch = n, batch_size, process, seed, 0
-
-    def __len__(self):
-        return math.ceil(self.n / self.batch_size)
-
-    def __iter__(self):
-        for batch in epoch_order(self.n, self.seed, self.epoch).split(self.batch_size):
-            share = batch[self.process.rank::self.process.world_size]
-            yield [(self.epoch, index) for index in (share if len(share) else batch[:1]).tolist()]
-
 
 def gather_shares(tensor, total, process):
     """The shares [b, ...] that `ShareOfBatches` dealt of a batch of `total` rows, as [total, ...] in the batch's order."""
@@ -205,44 +46,45 @@ def gather_shares(tensor, total, process):
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]  # row i is row i // W of share i % W
 
 
-def image_batches(loader, targets, model_fn, normalize, process):
-    """Batches (features [B, F], labels [B]) on the device, from a loader of `AugmentedImages` with `ShareOfBatches`."""
-    shares = loader.batch_sampler
-    batches = epoch_order(shares.n, shares.seed, shares.epoch).split(shares.batch_size)
-    for (images, _, _), places in zip(loader, batches, strict=True):
+class FeaturesOfCrops:
+    """Batches of features of random crops of an `ImageSet`; model_fn: images [B, 3, S, S] to features [B, F]."""
+
+    def __init__(self, args, backbone, train, total_batch, process, model_fn):
+        self.model_fn, self.normalize, self.process = model_fn, backbone.normalize, process
+        self.targets = torch.from_numpy(train.targets)
+        self.shares = ShareOfBatches(len(train), total_batch, process, args.seed)
+        self.loader = DataLoader(AugmentedImages(train, backbone.image_size, args.seed, args.hflip),
+                                 batch_sampler=self.shares, num_workers=args.num_workers,
+                                 pin_memory=process.device.type == "cuda", persistent_workers=args.num_workers > 0,
+                                 worker_init_fn=engine.ignore_signals)
+
+    def batches(self, epoch, first=0):
+        """(this process's share of the crops, places of the whole batch) of an epoch, from batch `first` on."""
+        self.shares.epoch, self.shares.first = epoch, first
+        order = epoch_order(self.shares.n, self.shares.seed, epoch).split(self.shares.batch_size)[first:]
+        return ((images, places) for (images, _, _), places in zip(self.loader, order, strict=True))
+
+    def load(self, batch):
+        """Features [B, F] and labels [B] of a batch, on the device; all processes call it together."""
+        (images, places), device = batch, self.process.device
         with torch.no_grad():
-            features = model_fn(normalize(images.to(process.device, non_blocking=True))).float()
-        yield gather_shares(features, len(places), process), targets[places].to(process.device, non_blocking=True)
+            features = self.model_fn(self.normalize(images.to(device, non_blocking=True))).float()
+        return gather_shares(features, len(places), self.process), self.targets[places].to(device, non_blocking=True)
 
 
-def kept_batches(features, labels, order, batch_size, device):
-    """Batches (features [B, F], labels [B]) on the device, in the given order of the rows."""
-    order = order.to(features.device)
-    for places in order.split(batch_size):
-        yield features[places].to(device), labels[places].to(device)
+class KeptFeatures:
+    """The same of features [n, F] and labels [n] that were extracted once."""
 
+    def __init__(self, features, labels, total_batch, seed, device):
+        self.features, self.labels, self.total_batch, self.seed, self.device = features, labels, total_batch, seed, device
 
-def share_with_all(tensor, shape, dtype, process, chunk=2**16):
-    """Rank 0's CPU tensor on the CPU of every process; rows travel in chunks, by way of the devices."""
-    if process.world_size == 1:
-        return tensor
-    if process.rank > 0:
-        tensor = torch.empty(shape, dtype=dtype)
-    for rows in tensor.split(chunk):
-        buffer = rows.to(process.device)
-        dist.broadcast(buffer, 0)
-        rows.copy_(buffer)
-    return tensor
+    def batches(self, epoch, first=0):
+        order = epoch_order(len(self.features), self.seed, epoch).to(self.features.device)
+        return iter(order.split(self.total_batch)[first:])
 
+    def load(self, places):
+        return self.features[places].to(self.device), self.labels[places].to(self.device)
 
-def near(tensor, device):
-    """`tensor` on the GPU if that leaves half of its free memory, else where it is."""
-    if device.type != "cuda" or tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return tensor
-    return tensor.to(device)
-
-
-# ---------------------------------------------------------------- files
 
 def gather_heads(tensor, process):
     """Join the heads [h, ...] of all processes in order: [H, ...] on the CPU."""
@@ -252,91 +94,272 @@ def gather_heads(tensor, process):
     return torch.cat(engine.gather_parts(tensor.flatten())).view(-1, *tensor.shape[1:]).cpu()
 
 
-def checkpoint_state(heads, configs, scale, epoch, epochs, best, settings, sweep, process):
-    """What is saved after `epoch` epochs, with the reference's names and torch's forms; all processes call it together.
+# ---------------------------------------------------------------- a probe
 
-    `scale` turns rates for 256 images into those of this run. The tensors of a sweep are views of a common one. `best` and
-    `settings`, as in results.json, come on top.
+def log_line(epoch, configs, rate_scale, losses, scores, sweep):
+    """What `log.txt` says of an epoch; scores: after a validation, rows (loss, top-1, top-5 or None) of each head."""
+    line = {}
+    for i, (config, loss) in enumerate(zip(configs, losses, strict=True)):
+        number = i if sweep else ""
+        line |= {f"train_loss{number}": loss, f"train_lr{number}": rate_scale * config.lr}
+    line["epoch"] = epoch
+    for i, (loss, top1, top5) in enumerate(scores):
+        names = (f"test_loss{i}", f"test_acc{i}@1", f"test_acc{i}@5") if sweep else ("test_loss", "test_acc1", "test_acc5")
+        line |= {names[0]: loss, names[1]: top1} | ({} if top5 is None else {names[2]: top5})
+    return line
+
+
+def best_head(scores, heads, configs, epoch):
+    """Record of the best by top-1 of the `heads` (indices); of several the last, as in the reference."""
+    head = max(heads, key=lambda i: (scores[i][1], i))
+    _, top1, top5 = scores[head]
+    top5 = {} if top5 is None else {"top5": top5}
+    return {"top1": top1, **top5, "epoch": epoch, "head": head, **asdict(configs[head])}
+
+
+def describe(record, configs):
+    """A record of `best_head` in words."""
+    config, plain = configs[record["head"]], all(config.is_plain for config in configs)
+    return (f"top-1 {record['top1']:.2f} %" + (f", top-5 {record['top5']:.2f} %" if "top5" in record else "")
+            + f" (epoch {record['epoch']}, lr {config.lr:g}" + f", head {record['head']}" * (len(configs) > 1)
+            + ("" if plain else f", {config.optimizer}, decay {config.weight_decay:g}") + ")")
+
+
+def files_of(key):
+    """Names of a probe's files."""
+    return engine.Files(newest=f"checkpoint_{key}_linear_last.pth", previous=None, numbered="",
+                        best=f"checkpoint_{key}_linear.pth", events=None)
+
+
+class ProbeRun:
+    """Heads in training on features of one kind: an `engine.Run` in `folder`, and how well they do.
+
+    `settings` are those of results.json; of them `epochs`, `total_batch`, `seed`, `train_images` and `val_images` count
+    here. `title` begins the lines that are printed, by default `key`. All processes call the methods together.
+
+    Checkpoints have the reference's names and torch's forms. The tensors of a sweep are views of a common one.
     """
-    weight, bias, weight_momentum, bias_momentum = (
-        gather_heads(x, process) for x in (heads.weight, heads.bias, heads.weight_momentum, heads.bias_momentum))
-    state_dict, optimizers, schedulers = {}, [], []
-    for i, config in enumerate(configs):
-        name = f"{i}.module.linear" if sweep else "module.linear"
-        state_dict |= {f"{name}.weight": weight[i], f"{name}.bias": bias[i]}
-        rate = scale * config.lr
-        now = rate * cosine(epoch, epochs)
-        slot, own = (("momentum_buffer", {"dampening": 0, "nesterov": False}) if config.optimizer == "sgd"
-                     else ("mu", {"eta": LARS_ETA}))
-        optimizers.append({
-            "state": {0: {slot: weight_momentum[i]}, 1: {slot: bias_momentum[i]}},
-            "param_groups": [{"lr": now, "initial_lr": rate, "momentum": MOMENTUM, "weight_decay": config.weight_decay,
-                              **own, "params": [0, 1]}]})
-        schedulers.append({"T_max": epochs, "eta_min": 0, "base_lrs": [rate], "last_epoch": epoch,
-                           "_step_count": epoch + 1, "_last_lr": [now]})
-    state = {"epoch": epoch, "state_dict": state_dict, "best_acc": best["best"]["top1"], "best": best,
-             "settings": settings}
-    if not sweep:
-        return state | {"optimizer": optimizers[0], "scheduler": schedulers[0]}
-    return state | {"optimizers": optimizers, "schedulers": schedulers, "best_acc_hidx": best["best"]["head"],
-                    "best_acc_sweep_lr_only": best["best_sweep_lr_only"]["top1"]}
+
+    def __init__(self, key, folder, configs, dim, num_classes, settings, sweep, process, title=None):
+        self.key, self.folder, self.configs, self.dim, self.num_classes = key, folder, configs, dim, num_classes
+        self.settings, self.sweep, self.process, self.title = settings, sweep, process, title or key
+        self.epochs, self.scale = settings["epochs"], settings["total_batch"] / 256  # rates are for 256 images
+        self.mine = range(*(len(configs) * r // process.world_size for r in (process.rank, process.rank + 1)))
+        self.heads = LinearHeads([configs[i] for i in self.mine], dim, num_classes, settings["seed"], process.device)
+        self.losses = torch.zeros_like(self.heads.rate)  # [h], sums over this epoch's images
+        self.names = [f"{i}.module.linear" if sweep else "module.linear" for i in range(len(configs))]
+        self.slots = ["momentum_buffer" if config.optimizer == "sgd" else "mu" for config in configs]
+        self.run = self.best = self.now = None
+
+    def cosine(self):
+        """Factor of the rates in this epoch."""
+        return 0.5 * (1 + math.cos(math.pi * self.run.epoch / self.epochs))
+
+    def _state_dict(self):
+        weight, bias = (gather_heads(x, self.process) for x in (self.heads.weight, self.heads.bias))
+        return {f"{name}.{kind}": x[i] for i, name in enumerate(self.names)
+                for kind, x in (("weight", weight), ("bias", bias))}
+
+    def _load_state_dict(self, state, path):
+        self._load(path, lambda i: {kind: state[f"{self.names[i]}.{kind}"] for kind in ("weight", "bias")})
+
+    def _optimizers(self):
+        weight, bias = (gather_heads(x, self.process) for x in (self.heads.weight_momentum, self.heads.bias_momentum))
+        states = []
+        for i, (config, slot) in enumerate(zip(self.configs, self.slots, strict=True)):
+            own = {"dampening": 0, "nesterov": False} if slot == "momentum_buffer" else {"eta": LARS_ETA}
+            rate = self.scale * config.lr
+            states.append({"state": {0: {slot: weight[i]}, 1: {slot: bias[i]}}, "param_groups": [
+                {"lr": rate * self.cosine(), "initial_lr": rate, "momentum": MOMENTUM, "weight_decay": config.weight_decay,
+                 **own, "params": [0, 1]}]})
+        return states if self.sweep else states[0]
+
+    def _load_optimizers(self, state, path):
+        states = state if self.sweep else [state]
+        self._load(path, lambda i: {f"{kind}_momentum": states[i]["state"][n][self.slots[i]]
+                                    for n, kind in enumerate(("weight", "bias"))})
+
+    def _load(self, path, tensors_of):  # of head i: {attribute of LinearHeads: tensor}
+        for i in range(len(self.configs)):
+            try:
+                tensors = tensors_of(i)
+            except (KeyError, IndexError, TypeError) as error:
+                raise engine.InputError(f"checkpoint {path}: incomplete, it lacks {error}") from error
+            for name, tensor in tensors.items():
+                own, shape = getattr(self.heads, name), getattr(tensor, "shape", ())
+                if shape != own.shape[1:]:
+                    raise engine.InputError(f"checkpoint {path}: its heads' {name} has shape {tuple(shape)}, this run's "
+                                            f"{tuple(own.shape[1:])} (classes, features)")
+                if i in self.mine:
+                    own[self.mine.index(i)].copy_(tensor)
+
+    def _schedulers(self):
+        states = [{"T_max": self.epochs, "eta_min": 0, "base_lrs": [self.scale * config.lr], "last_epoch": self.run.epoch,
+                   "_step_count": self.run.epoch + 1, "_last_lr": [self.scale * config.lr * self.cosine()]}
+                  for config in self.configs]
+        return states if self.sweep else states[0]
+
+    def _check_schedulers(self, state, path):
+        schedulers = state if self.sweep else [state]
+        if len(schedulers) != len(self.configs):
+            raise engine.InputError(f"checkpoint {path}: it has {len(schedulers)} heads, this run {len(self.configs)}")
+        for config, scheduler in zip(self.configs, schedulers, strict=True):
+            rates, length, rate = scheduler.get("base_lrs"), scheduler.get("T_max"), self.scale * config.lr
+            if length != self.epochs or not rates or not math.isclose(rates[0], rate, rel_tol=1e-6):
+                raise engine.InputError(f"checkpoint {path}: trained at rate {rates} for {length} epochs, this run is set "
+                                        f"to [{rate}] and {self.epochs}; rates grow with the total batch")
+
+    def _load_losses(self, state, path):
+        if getattr(state, "shape", None) != (len(self.configs),):
+            raise engine.InputError(f"checkpoint {path}: its entry 'losses' cannot be used")
+        self.losses.copy_(state[self.mine.start:self.mine.stop])
+
+    def prepare(self, args):
+        """Go on from the checkpoint that `--load_from` means, if it is there, and prepare the folder; returns the run."""
+        run = self.run = engine.Run(args, self.process, None, self.folder, files_of(self.key))
+        s, kind = ("s", list) if self.sweep else ("", dict)
+        run.find({"state_dict": dict, f"optimizer{s}": kind, f"scheduler{s}": kind, "best_acc": (float, int)},
+                 "a sweep" if self.sweep else "one head")
+        notes, hashed = [], self.settings["weights_hash"]
+        if run.path and run.checkpoint.get("settings", {}).get("weights_hash", hashed) != hashed:
+            if args.load_from != "auto" or not args.overwrite:
+                raise engine.InputError(f"checkpoint {run.path}: trained on features of other weights; --overwrite true "
+                                        "starts over")
+            notes = [f"{run.path} is of other weights: starting over"]
+            run.forget()
+        notes += run.changes(FREE_FLAGS)
+        found = run.checkpoint or {}
+        parts = {f"scheduler{s}": (self._schedulers, self._check_schedulers),
+                 "state_dict": (self._state_dict, self._load_state_dict),
+                 f"optimizer{s}": (self._optimizers, self._load_optimizers),
+                 "losses": (lambda: gather_heads(self.losses, self.process), self._load_losses)}
+        run.resume({name: SimpleNamespace(state_dict=write, load_state_dict=read) for name, (write, read) in parts.items()},
+                   self.settings["total_batch"], math.ceil(self.settings["train_images"] / self.settings["total_batch"]),
+                   may_lack=("losses",))
+        differ = [name for name, value in found.get("settings", {}).items()
+                  if name != "data_path" and self.settings.get(name) != value]
+        if differ:
+            raise engine.InputError(f"checkpoint {run.path}: trained with other {', '.join(differ)}")
+        # The reference saves at its best alone.
+        here = {"top1": float(found.get("best_acc", 0)), "epoch": run.epoch - 1, "head": int(found.get("best_acc_hidx", 0))}
+        self._note(found.get("best", {"best": here, "best_sweep_lr_only": here}))
+        run.start()
+        if run.is_main:
+            print(f"{self.title}: {len(self.configs)} head(s), {self.dim} features to {self.num_classes} classes; "
+                  f"{self.settings['train_images']} training and {self.settings['val_images']} validation images; total "
+                  f"batch {self.settings['total_batch']}, rates x {self.scale:g}", *notes,
+                  run.where() + f"; best: {describe(self.best['best'], self.configs)}" * (run.epoch >= self.epochs),
+                  sep="\n", flush=True)
+        return run
+
+    def _note(self, best):
+        self.best = best
+        self.run.entries = {"args": vars(self.run.args),  # a dictionary: torch reads the file with weights_only=True
+                            "best_acc": best["best"]["top1"], "best": best, "settings": self.settings}
+        if self.sweep:
+            self.run.entries |= {"best_acc_hidx": best["best"]["head"],
+                                 "best_acc_sweep_lr_only": best["best_sweep_lr_only"]["top1"]}
+
+    def step(self, features, labels):
+        """An update of the heads by a batch of features [B, F], labels [B]."""
+        self.losses += self.heads.step(features, labels, self.scale * self.cosine()) * len(labels)
+        self.run.add({})
+
+    def lowest_loss(self):
+        """What a log line amid an epoch says of this process's heads, if it has any."""
+        return f"  loss {self.losses.min() / (self.run.step * self.run.total_batch):.4f}" if len(self.losses) else ""
+
+    def end_epoch(self, features, labels, said):
+        """Write down an epoch, and what a validation on features [n, F], None for none, gives. `said` ends the line.
+
+        Raises FloatingPointError if no head has a finite loss.
+        """
+        run, configs = self.run, self.configs
+        losses = gather_heads(self.losses / self.settings["train_images"], self.process).tolist()
+        if not any(map(math.isfinite, losses)):
+            raise FloatingPointError(f"{self.title}: no head has a finite loss in epoch {run.epoch}; lower the learning "
+                                     "rate")
+        self.scores = ()
+        if features is not None:
+            self.validate(run.epoch, features, labels)
+            said = f"{describe(self.now, configs)}; best so far {describe(self.best['best'], configs)}; {said}"
+        run.end_epoch(log_line(run.epoch, configs, self.scale * self.cosine(), losses, self.scores, self.sweep), {},
+                      f"{self.title}: {said}")
+        self.losses.zero_()
+        run.next_epoch([run.files.best] if self.best["best"] is self.now else [], save=bool(self.scores))
+
+    def validate(self, epoch, features, labels):
+        """Note how well the heads do on features [n, F]: `scores`, and the best of now and of all epochs."""
+        scores = gather_heads(self.heads.evaluate(features, labels), self.process).tolist()
+        self.scores = [(loss, top1, top5 if self.num_classes >= 5 else None) for loss, top1, top5 in scores]
+        plain = [i for i, config in enumerate(self.configs) if config.is_plain]
+        now = {name: best_head(self.scores, heads, self.configs, epoch)
+               for name, heads in (("best", range(len(self.configs))), ("best_sweep_lr_only", plain))}
+        self.now = now["best"]
+        self._note({name: new if new["top1"] >= self.best[name]["top1"] else self.best[name] for name, new in now.items()})
+
+    def finish(self, protocol, weights, results_dir):
+        """Print and record the results, once all epochs are done."""
+        if not self.run.is_main:
+            return
+        metrics = {"best": self.best["best"]} | ({"last": self.now} if self.now else {})
+        if not all(config.is_plain for config in self.configs):
+            metrics["best_sweep_lr_only"] = self.best["best_sweep_lr_only"]
+        for name, record in metrics.items():
+            print(f"{self.title}, {name.replace('_', ' ')}: {describe(record, self.configs)}")
+        print(f"checkpoints: {self.folder / self.run.files.best} (best), {self.folder / self.run.files.newest}", flush=True)
+        append_result(results_dir, protocol, weights, self.key, self.settings, metrics)
 
 
-class OtherWeights(engine.InputError):
-    """The heads in a file are of another backbone."""
+def run_probes(args, probes, protocol, backbone, train, val, of_centre_crops, model_fn):
+    """Train probes on features of one backbone side by side to their ends, and record them; nothing if they are there.
 
-
-def restore(path, heads, mine, configs, scale, epochs, settings, sweep):
-    """Load the heads `mine` (a slice) from a file of `checkpoint_state` or of the reference: (next epoch, best so far).
-
-    Raises InputError for a file that is none, and for one of other rates, settings, classes or features; `OtherWeights`
-    if those of the backbone were others.
+    of_centre_crops: an `ImageSet` to features [n, sum of F], of all probes side by side, and labels [n], on rank 0.
+    model_fn: images [B, 3, S, S] on the device to features [B, sum of F].
     """
-    checkpoint = engine.load_checkpoint(path)
-    stored = checkpoint.get("settings", {})
-    if stored.get("weights_hash", settings["weights_hash"]) != settings["weights_hash"]:
-        raise OtherWeights(f"checkpoint {path}: trained on features of other weights; --overwrite true starts over")
-    plural = "s" if sweep else ""
-    kinds = {"epoch": int, "state_dict": dict, f"optimizer{plural}": list if sweep else dict,
-             f"scheduler{plural}": list if sweep else dict, "best_acc": (float, int)}
-    lacking = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    if lacking:
-        raise engine.InputError(f"checkpoint {path}: no checkpoint of {'a sweep' if sweep else 'one head'}, "
-                               f"it lacks {', '.join(lacking)}")
-    optimizers, schedulers = (checkpoint[f"{name}{plural}"] for name in ("optimizer", "scheduler"))
-    if not sweep:
-        optimizers, schedulers = [optimizers], [schedulers]
-    if len(optimizers) != len(configs) or len(schedulers) != len(configs):
-        raise engine.InputError(f"checkpoint {path}: it has {len(optimizers)} heads, this run {len(configs)}")
-    for config, scheduler in zip(configs, schedulers, strict=True):
-        rates, length = scheduler.get("base_lrs"), scheduler.get("T_max")
-        if length != epochs or not rates or not math.isclose(rates[0], scale * config.lr, rel_tol=1e-6):
-            raise engine.InputError(f"checkpoint {path}: trained at rate {rates} for {length} epochs, this run is set to "
-                                   f"[{scale * config.lr}] and {epochs}; rates grow with the total batch")
-    differ = [name for name, value in stored.items() if name != "data_path" and settings.get(name) != value]
-    if differ:
-        raise engine.InputError(f"checkpoint {path}: trained with other {', '.join(differ)}")
-    names = [f"{i}.module.linear" if sweep else "module.linear" for i in range(len(configs))]
-    try:
-        slots = ["momentum_buffer" if config.optimizer == "sgd" else "mu" for config in configs]
-        found = {"weight": [checkpoint["state_dict"][f"{name}.weight"] for name in names],
-                 "bias": [checkpoint["state_dict"][f"{name}.bias"] for name in names],
-                 "weight_momentum": [o["state"][0][slot] for o, slot in zip(optimizers, slots, strict=True)],
-                 "bias_momentum": [o["state"][1][slot] for o, slot in zip(optimizers, slots, strict=True)]}
-    except (KeyError, TypeError) as error:
-        raise engine.InputError(f"checkpoint {path}: incomplete, it lacks {error}") from error
-    for name, tensors in found.items():
-        own = getattr(heads, name)
-        shapes = {tuple(tensor.shape) for tensor in tensors}
-        if shapes != {tuple(own.shape[1:])}:
-            raise engine.InputError(f"checkpoint {path}: its heads' {name} has shape {', '.join(map(str, shapes))}, "
-                                   f"this run's {tuple(own.shape[1:])} (classes, features)")
-        for row, tensor in zip(own, tensors[mine], strict=True):
-            row.copy_(tensor)
-    # The reference saves at its best alone.
-    here = {"top1": float(checkpoint["best_acc"]), "epoch": checkpoint["epoch"] - 1,
-            "head": int(checkpoint.get("best_acc_hidx", 0))}
-    return checkpoint["epoch"], checkpoint.get("best", {"best": here, "best_sweep_lr_only": here})
+    process, total_batch, dims = probes[0].process, probes[0].settings["total_batch"], [probe.dim for probe in probes]
+    with ExitStack() as stack:
+        runs = [stack.enter_context(probe.prepare(args)) for probe in probes]
+        if all(run.epoch >= args.epochs for run in runs):
+            return
+        backbone.model.to(process.device)
+        val_features, val_labels = everywhere(*of_centre_crops(val), (len(val), sum(dims)), process)
+        if args.augment:
+            data = FeaturesOfCrops(args, backbone, train, total_batch, process, model_fn)
+        else:
+            kept = everywhere(*of_centre_crops(train), (len(train), sum(dims)), process)
+            data = KeptFeatures(*kept, total_batch, args.seed, process.device)
+        train_probes(probes, data, val_features.split(dims, dim=1), val_labels, args)
+        for probe in probes:
+            probe.finish(protocol, args.pretrained_weights, results_folder(args))
+
+
+def train_probes(probes, data, val_features, val_labels, args):
+    """Train and validate probes in one pass over the data. data: `KeptFeatures` or `FeaturesOfCrops`.
+
+    val_features: of each probe, [n, F]. One that was stopped after more updates than others joins when they are there.
+    """
+    lead = min(probes, key=lambda probe: probe.run.update)
+    run, dims = lead.run, [probe.dim for probe in probes]
+    with engine.StopSignals() as signals:
+        for probe in probes:
+            probe.run.signals, probe.run.beside = signals, [other.run for other in probes if other is not probe]
+        for epoch in range(run.epoch, args.epochs):
+            batches = data.batches(epoch, run.step)
+            for it in run.updates():
+                features, labels = data.load(run.fetch(batches))
+                update = run.update
+                for probe, own in zip(probes, features.split(dims, dim=1), strict=True):
+                    if probe.run.update == update:
+                        probe.step(own, labels)
+                if run.is_log_step(it) and it + 1 < run.steps:
+                    run.log(note=lead.lowest_loss())
+            rate, left = run.speed()
+            said = f"{rate:.1f} images/s  eta {engine.eta_string(left)}"
+            validated = epoch % args.val_freq == 0 or epoch + 1 == args.epochs
+            for probe, own in zip(probes, val_features, strict=True):
+                if probe.run.epoch == epoch:
+                    probe.end_epoch(own if validated else None, val_labels, said)
 
 
 # ---------------------------------------------------------------- the protocol
@@ -360,85 +383,19 @@ def add_probe_flags(parser):
                         help="probability of a flip of these random crops; 0 for digits and the like")
     linear.add_argument("--val_freq", type=int_from(1), default=1,
                         help="epochs between validations and checkpoints; the last epoch always has one")
-    linear.add_argument("--seed", type=int_from(0), default=0, help="of first weights, order of images and crops")
-    linear.add_argument("--load_from", metavar="FILE",
-                        help="resume from this file of the output folder: checkpoint_KEY_linear_last.pth, or the best one; "
-                             "auto: from the former if it is there; with --overwrite true, if it is of these weights too")
-    linear.add_argument("--overwrite", type=engine.bool_flag, default=False,
-                        help="start over in an output folder that holds a linear probe")
+    engine.add_run_flags(linear)
+    parser.set_defaults(print_freq=100)  # steps on kept features are quick, and there is a line at each epoch's end
     return linear
 
 
-def cosine(epoch, epochs):
-    """Factor of the rates in an epoch."""
-    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-
-
-def check_output(folder, key, args):
-    """Raise InputError when `folder` cannot take this probe, or its checkpoint is not there."""
-    if folder.exists() and not folder.is_dir():
-        raise engine.InputError(f"--output_dir {folder} is a file")
-    last = folder / f"checkpoint_{key}_linear_last.pth"
-    if args.load_from and args.load_from != "auto":
-        if not (folder / args.load_from).is_file():
-            raise engine.InputError(f"--load_from: {folder / args.load_from} does not exist")
-        return
-    held = [path.name for path in (last, folder / "log.txt") if path.exists() and path.stat().st_size]
-    if not held or (args.overwrite or args.load_from) and last.exists():
-        return
-    advice = (f"resume with --load_from {last.name}, start over with --overwrite true, or choose" if last.exists()
-              else "which is not of this probe; choose")
-    raise engine.InputError(f"--output_dir {folder} already holds {held[0]}; {advice} another folder")
-
-
-def prepare_folder(folder, log_file, start):
-    """Make the folder, with the log of the first `start` epochs alone."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise engine.InputError(f"--output_dir {folder}: {error.strerror}") from error
-    engine.trim_log(log_file, start)
-
-
-def log_line(epoch, configs, rate_scale, losses, sweep):
-    """What `log.txt` says of an epoch's training; a loss that is no number is null."""
-    line = {}
-    for i, (config, loss) in enumerate(zip(configs, losses, strict=True)):
-        number = i if sweep else ""
-        line |= {f"train_loss{number}": loss if math.isfinite(loss) else None, f"train_lr{number}": rate_scale * config.lr}
-    return line | {"epoch": epoch}
-
-
-def validation_line(scores, sweep):
-    """What `log.txt` says of a validation with `scores`, rows (loss, top-1, top-5) of each head; top-5 may be None."""
-    line = {}
-    for i, (loss, top1, top5) in enumerate(scores):
-        names = (f"test_loss{i}", f"test_acc{i}@1", f"test_acc{i}@5") if sweep else ("test_loss", "test_acc1", "test_acc5")
-        line |= {names[0]: loss if math.isfinite(loss) else None, names[1]: top1}
-        if top5 is not None:
-            line[names[2]] = top5
-    return line
-
-
-def best_head(scores, heads, configs, epoch):
-    """Record of the best by top-1 of the `heads` (indices); of several the last, as in the reference."""
-    head = max(heads, key=lambda i: (scores[i][1], i))
-    _, top1, top5 = scores[head]
-    record = {"top1": top1} if top5 is None else {"top1": top1, "top5": top5}
-    return record | {"epoch": epoch, "head": head, **asdict(configs[head])}
-
-
-def describe(record, configs):
-    """A record of `best_head` in words."""
-    config, accuracy = configs[record["head"]], f"top-1 {record['top1']:.2f} %"
-    if "top5" in record:
-        accuracy += f", top-5 {record['top5']:.2f} %"
-    settings = f"epoch {record['epoch']}, lr {config.lr:g}"
-    if len(configs) > 1:
-        settings += f", head {record['head']}"
-    if not all(c.is_plain for c in configs):
-        settings += f", {config.optimizer}, decay {config.weight_decay:g}"
-    return f"{accuracy} ({settings})"
+def check_probe(folder, key, args):
+    """Raise InputError when `folder` cannot take this probe, or its checkpoint is not there, or for flags of the run."""
+    engine.check_numbers(args, count="print_freq", not_negative="seed save_every_steps save_every_minutes")
+    last, log = folder / files_of(key).newest, folder / "log.txt"
+    engine.check_output(folder, args.load_from, args.overwrite, [last] if last.exists() else [])
+    if args.load_from in (None, "auto") and not last.exists() and log.exists() and log.stat().st_size:
+        raise engine.InputError(f"--output_dir {folder} already holds {log.name}; which is not of this probe; choose "
+                                "another folder")
 
 
 def run_probe(args, configs, protocol):
@@ -452,7 +409,7 @@ def run_probe(args, configs, protocol):
         raise engine.InputError(f"--load_from {args.load_from}: give one --checkpoint_key, not {len(keys)}")
     folders = {key: Path(args.output_dir) / (key if len(keys) > 1 else "") for key in keys}
     for key, folder in folders.items():
-        check_output(folder, key, args)
+        check_probe(folder, key, args)
     backbones, _ = read_backbones(args)
     train, val = read_sets(args)
     if args.num_labels and args.num_labels < len(train.classes):
@@ -460,221 +417,18 @@ def run_probe(args, configs, protocol):
     if process.world_size > 1:
         dist.barrier()  # nobody may write before all have looked
     for key, backbone in backbones.items():
-        probe(args, configs, protocol, key, folders[key], backbone, train, val, process)
-
-
-def train_epoch(heads, batches, rate_scale, report):
-    """Step through the batches; mean losses [H] over the images. Each step calls `report(images so far, summed losses)`."""
-    sums, count = 0, 0
-    for features, labels in batches:
-        sums += heads.step(features, labels, rate_scale) * len(labels)
-        count += len(labels)
-        report(count, sums)
-    return sums / count
-
-
-class Progress:
-    """Prints, every ten seconds of an epoch, how far it is and when all `epochs` of `n` images will be done."""
-
-    def __init__(self, n, epochs, start):
-        self.n, self.epochs, self.start = n, epochs, start
-        self.since = self.said = time.time()
-
-    def speed(self, epoch, count):
-        """Text of images/s and time left after `count` images of `epoch`."""
-        done, seconds = (epoch - self.start) * self.n + count, time.time() - self.since
-        left = ((self.epochs - self.start) * self.n - done) * seconds / done
-        return f"{done / seconds:.1f} images/s  eta {engine.eta_string(left)}"
-
-    def report(self, epoch, count, sums):
-        if time.time() - self.said > 10:
-            self.said = time.time()
-            loss = f"  loss {sums.min().item() / count:.4f}" if len(sums) else ""  # this process may have no head
-            print(f"epoch {epoch}/{self.epochs} [{count}/{self.n}]{loss}  {self.speed(epoch, count)}", flush=True)
-
-
-class ProbeRun:
-    """Heads in training on features of one kind: their files in `folder`, and how well they do.
-
-    `settings` are those of results.json; of them `epochs`, `total_batch`, `seed`, `train_images` and `val_images` count
-    here. `title` begins the lines that are printed, by default `key`. All processes call the methods together.
-    """
-
-    def __init__(self, key, folder, configs, dim, num_classes, settings, sweep, process, title=None):
-        self.key, self.folder, self.configs, self.dim, self.num_classes = key, folder, configs, dim, num_classes
-        self.settings, self.sweep, self.process, self.title = settings, sweep, process, title or key
-        self.epochs, self.scale = settings["epochs"], settings["total_batch"] / 256
-        self.mine = slice(*(len(configs) * r // process.world_size for r in (process.rank, process.rank + 1)))
-        self.heads = LinearHeads(configs[self.mine], dim, num_classes, settings["seed"], process.device)
-        self.last_file, self.best_file = (folder / f"checkpoint_{key}_linear{suffix}.pth" for suffix in ("_last", ""))
-        self.start, self.best, self.now, self.lines = 0, None, None, []
-
-    @property
-    def is_main(self):
-        return self.process.rank == 0
-
-    def prepare(self, load_from, overwrite):
-        """Make the folder; go on from the checkpoint that `--load_from` names, if it is there."""
-        path = self.folder / load_from if load_from and load_from != "auto" else self.last_file
-        if load_from and path.exists():
-            try:
-                self.start, self.best = restore(path, self.heads, self.mine, self.configs, self.scale, self.epochs,
-                                                self.settings, self.sweep)
-            except OtherWeights:
-                if load_from != "auto" or not overwrite:
-                    raise
-                if self.is_main:
-                    print(f"{path} is of other weights: starting over", flush=True)
-        if not self.is_main:
-            return
-        print(f"{self.title}: {len(self.configs)} head(s), {self.dim} features to {self.num_classes} classes; "
-              f"{self.settings['train_images']} training and {self.settings['val_images']} validation images; total batch "
-              f"{self.settings['total_batch']}, rates x {self.scale:g}; starting at epoch {self.start} of {self.epochs}",
-              flush=True)
-        prepare_folder(self.folder, self.folder / "log.txt", self.start)
-        if self.start >= self.epochs:
-            print(f"nothing to do: {path} has finished {self.start} epochs; "
-                  f"best: {describe(self.best['best'], self.configs)}", flush=True)
-
-    def end_epoch(self, epoch, losses):
-        """Note the mean losses of this process's heads in an epoch. Raises FloatingPointError if no head's is finite."""
-        losses = gather_heads(losses, self.process).tolist()
-        if not any(map(math.isfinite, losses)):
-            raise FloatingPointError(f"{self.title}: no head has a finite loss in epoch {epoch}; lower the learning rate")
-        self.lines.append(log_line(epoch, self.configs, self.scale * cosine(epoch, self.epochs), losses, self.sweep))
-
-    def validate(self, epoch, features, labels, speed):
-        """Validate on features [n, F], then write log and checkpoints; `speed` ends the line that is printed."""
-        configs = self.configs
-        scores = gather_heads(self.heads.evaluate(features, labels), self.process).tolist()  # H of [loss, top-1, top-5]
-        if self.num_classes < 5:
-            scores = [(loss, top1, None) for loss, top1, _ in scores]
-        self.lines[-1] |= validation_line(scores, self.sweep)
-        now = {"best": best_head(scores, range(len(configs)), configs, epoch),
-               "best_sweep_lr_only": best_head(scores, [i for i, c in enumerate(configs) if c.is_plain], configs, epoch)}
-        best, self.now = self.best, now["best"]
-        is_best = best is None or now["best"]["top1"] >= best["best"]["top1"]
-        self.best = {name: new if best is None or new["top1"] >= best[name]["top1"] else best[name]
-                     for name, new in now.items()}
-        state = checkpoint_state(self.heads, configs, self.scale, epoch + 1, self.epochs, self.best, self.settings,
-                                 self.sweep, self.process)
-        if self.is_main:
-            engine.save_atomically(state, self.last_file)
-            if is_best:
-                engine.save_atomically(state, self.best_file)
-            with open(self.folder / "log.txt", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.lines)
-            print(f"{self.title}, epoch {epoch}/{self.epochs}: {describe(self.now, configs)}; best so far "
-                  f"{describe(self.best['best'], configs)}; {speed}", flush=True)
-        self.lines = []
-
-    def finish(self, protocol, weights, results_dir):
-        """Print and record the results, once all epochs are done."""
-        if not self.is_main:
-            return
-        metrics = {"best": self.best["best"]} | ({"last": self.now} if self.now else {})
-        if not all(config.is_plain for config in self.configs):
-            metrics["best_sweep_lr_only"] = self.best["best_sweep_lr_only"]
-        for name, record in metrics.items():
-            print(f"{self.title}, {name.replace('_', ' ')}: {describe(record, self.configs)}")
-        print(f"checkpoints: {self.best_file} (best), {self.last_file}", flush=True)
-        append_result(results_dir, protocol, weights, self.key, self.settings, metrics)
-
-
-class HeadsSideBySide:
-    """The heads of several runs, each on its columns of the features [B, sum of F], with one `step` as of `LinearHeads`."""
-
-    def __init__(self, runs, epoch):
-        self.runs, self.epoch = runs, epoch
-
-    def step(self, features, labels, rate_scale):
-        columns = features.split([run.dim for run in self.runs], dim=1)
-        return torch.cat([run.heads.step(own, labels, rate_scale) for run, own in zip(self.runs, columns, strict=True)
-                          if run.start <= self.epoch])
-
-
-def train_runs(runs, batches_of, val_features, val_labels, args, protocol):
-    """Train and validate runs of as many heads each in one pass over the data, to their ends.
-
-    batches_of: a function from the epoch to batches (features [B, sum of F], labels [B]); val_features [n, sum of F]. A run
-    that was stopped after more epochs than others joins when they have caught up.
-    """
-    dims, n, first = [run.dim for run in runs], runs[0].settings["train_images"], min(run.start for run in runs)
-    progress = Progress(n, args.epochs, first)
-    for epoch in range(first, args.epochs):
-        report = partial(progress.report, epoch) if runs[0].is_main else lambda *_: None
-        going = [run for run in runs if run.start <= epoch]
-        rate_scale = runs[0].scale * cosine(epoch, args.epochs)
-        losses = train_epoch(HeadsSideBySide(runs, epoch), batches_of(epoch), rate_scale, report)
-        for run, own in zip(going, losses.split([len(run.heads.rate) for run in going]), strict=True):
-            run.end_epoch(epoch, own)
-        if epoch % args.val_freq and epoch + 1 < args.epochs:
-            continue
-        for run, own in zip(runs, val_features.split(dims, dim=1), strict=True):
-            if run.start <= epoch:
-                run.validate(epoch, own, val_labels, progress.speed(epoch, n))
-    for run in runs:
-        run.finish(protocol, args.pretrained_weights, results_folder(args))
-
-
-def probe(args, configs, protocol, key, folder, backbone, train, val, process):
-    """The heads of `configs` on one backbone: training, validations, `log.txt`, checkpoints, a record in results.json."""
-    dim = feature_dim(backbone.model, args.n_last_blocks, args.avgpool_patchtokens)
-    total_batch = args.batch_size_per_gpu * process.world_size
-    settings = shared_settings(args, backbone, train, val) | probe_settings(args, configs, total_batch)
-    num_classes = args.num_labels or len(train.classes)
-    run = ProbeRun(key, folder, configs, dim, num_classes, settings, protocol == "linear", process)
-    run.prepare(args.load_from, args.overwrite)
-    if run.start >= args.epochs:
-        return
-    val_features, val_labels = kept_features(args, backbone, val, dim, process)
-    if args.augment:
-        batches_of = augmented_epochs(args, backbone, train, total_batch, process)
-    else:
-        batches_of = kept_epochs(args, *kept_features(args, backbone, train, dim, process), total_batch, process)
-    train_runs([run], batches_of, val_features, val_labels, args, protocol)
+        settings = shared_settings(args, backbone, train, val)
+        settings |= probe_settings(args, configs, args.batch_size_per_gpu * process.world_size)
+        pooling = {"n_last_blocks": args.n_last_blocks, "avgpool_patchtokens": args.avgpool_patchtokens}
+        probe = ProbeRun(key, folders[key], configs, feature_dim(backbone.model, **pooling),
+                         args.num_labels or len(train.classes), settings, protocol == "linear", process)
+        of_centre_crops = partial(frozen_features, backbone, process=process, **pooling, batch_size=args.batch_size_per_gpu,
+                                  num_workers=args.num_workers, dump_to=args.dump_features, load_from=args.load_features)
+        run_probes(args, [probe], protocol, backbone, train, val, of_centre_crops,
+                   partial(pool_features, backbone.model, **pooling))
 
 
 def probe_settings(args, configs, total_batch):
     """What results.json records of how heads were trained."""
     return {"heads": len(configs), "epochs": args.epochs, "total_batch": total_batch, "augment": args.augment,
             "hflip": args.hflip, "seed": args.seed}
-
-
-def kept_features(args, backbone, images, dim, process):
-    """Features [n, dim] and labels [n] of centre crops, in every process and on its device if they fit."""
-    features, labels = frozen_features(backbone, images, process, args.n_last_blocks, args.avgpool_patchtokens,
-                                       args.batch_size_per_gpu, args.num_workers, args.dump_features, args.load_features)
-    return everywhere(features, labels, (len(images), dim), process)
-
-
-def everywhere(features, labels, shape, process):
-    """Rank 0's features of `shape` and labels, in every process and on its device if they fit."""
-    features = share_with_all(features, shape, torch.float32, process)
-    labels = share_with_all(labels, shape[:1], torch.int64, process)
-    return near(features, process.device), near(labels, process.device)
-
-
-def kept_epochs(args, features, labels, total_batch, process):
-    """A function from the epoch to its batches of the kept features [n, F] and labels [n]."""
-    def batches_of(epoch):
-        return kept_batches(features, labels, epoch_order(len(features), args.seed, epoch), total_batch, process.device)
-    return batches_of
-
-
-def augmented_epochs(args, backbone, train, total_batch, process, model_fn=None):
-    """A function from the epoch to its batches of features of random crops (see `image_batches`).
-
-    model_fn: images [B, 3, S, S] to features [B, F]; by default those that the flags say.
-    """
-    model, targets = backbone.model.to(process.device), torch.from_numpy(train.targets)
-    model_fn = model_fn or (lambda images: pool_features(model, images, args.n_last_blocks, args.avgpool_patchtokens))
-    shares = ShareOfBatches(len(train), total_batch, process, args.seed)
-    loader = DataLoader(AugmentedImages(train, backbone.image_size, args.seed, args.hflip), batch_sampler=shares,
-                        num_workers=args.num_workers, pin_memory=process.device.type == "cuda",
-                        persistent_workers=args.num_workers > 0)
-
-    def batches_of(epoch):
-        shares.epoch = epoch
-        return image_batches(loader, targets, model_fn, backbone.normalize, process)
-    return batches_of

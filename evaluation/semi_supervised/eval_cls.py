@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import engine
-from evaluation.common.finetune import Protocol, finetune, transfer_parser
+from evaluation.common.finetune import Protocol, finetune
+from evaluation.common.finetune_flags import transfer_parser
 from evaluation.common.reference_flags import our_words
 
 
