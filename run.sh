@@ -324,8 +324,8 @@ dense_demo() {
             --use_fp16 false --overwrite true "$@"
         run "$python" "${at}evaluation/semantic_segmentation/train.py" --pretrained_weights "$weights" \
             --arch vit_nano --patch_size 4 --data_path "$scenes/ade" --num_classes 4 --output_dir "$output/seg/$start" \
-            --crop_size 64 --short_side 64 --long_side 256 --slide_stride 43 --width 32 --lr 1e-3 --layer_decay 1 \
-            --drop_path 0 --iterations 240 --epoch_iterations 120 --warmup_iterations 20 --batch_size_per_gpu 8 \
+            --crop_size 64 --short_side 64 --long_side 256 --slide_stride 43 --width 32 --lr 5e-3 --layer_decay 1 \
+            --drop_path 0 --iterations 300 --epoch_iterations 150 --warmup_iterations 20 --batch_size_per_gpu 8 \
             --num_workers 1 --print_freq 40 --use_fp16 false --overwrite true "$@"
     done
     run "$python" "${at}analysis/dense_demo.py" report --output_dir "$output"
