@@ -185,7 +185,8 @@ def losses(epochs, out_dim):
     """A line with the losses of the first and of the last epoch of a log (see `read_log`) of a head with K `out_dim`."""
     first, last = min(epochs), max(epochs)
     parts = ", ".join(f"{name} {points[0][1]:.3f} -> {points[-1][1]:.3f}" for name, points in loss_curves(epochs).items())
-    return f"loss, epoch {first} -> {last}: {parts} ([CLS] of uniform targets: ln K = {math.log(out_dim):.3f})"
+    uniform = f" ([CLS] of uniform targets: ln K = {math.log(out_dim):.3f})" if out_dim else ""
+    return f"loss, epoch {first} -> {last}: {parts}{uniform}"
 
 
 def report(folder, data_path=None, device="auto", num_workers=1):
@@ -203,7 +204,7 @@ def report(folder, data_path=None, device="auto", num_workers=1):
     (pictures / "neighbours.png").unlink(missing_ok=True)  # of an earlier state, should there be no k-NN now
     epochs = read_log(folder / "log.txt")[0]
     lines = [compare(trained, train, val, args.seed, num_workers, process, pictures / "neighbours.png"),
-             losses(epochs, args.out_dim), ""]
+             losses(epochs, getattr(args, "out_dim", None)), ""]
     draw_curves({name: points for name, points in loss_curves(epochs).items() if name != "total"},
                 "Losses of pre-training", pictures / "loss.png")
 

@@ -7,6 +7,7 @@
 Each photograph is divided into blocks of 96 pixels, every fourth of which, in random order, is for validation, so that no
 pixel is in both parts. Tiles are grey, for colour alone would tell most photographs apart.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def write_tiles(photograph, folder, rng):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    folder = parser.parse_args().folder
     try:
         import skimage.data
     except ImportError:
@@ -45,8 +49,8 @@ def main():
     folders = (Path(sklearn.datasets.__file__).parent / "images", Path(skimage.data.__file__).parent)
     for place, names in zip(folders, (SKLEARN, SKIMAGE), strict=True):
         for name in names:
-            write_tiles(place / name, sys.argv[1], np.random.default_rng(len(name)))
-    print(f"{sys.argv[1]}: tiles of {len(SKLEARN + SKIMAGE)} photographs")
+            write_tiles(place / name, folder, np.random.default_rng(len(name)))  # any seed that stays
+    print(f"{folder}: tiles of {len(SKLEARN + SKIMAGE)} photographs")
 
 
 if __name__ == "__main__":

@@ -53,12 +53,11 @@ class BoxCoder(TorchvisionBoxCoder):
 
 
 class Anchors(AnchorGenerator):
-    """Three anchors of 8 strides' side for each cell, centred at cell index x stride; torchvision's are rounded, and have
-    the stride that the padded image's size divided by the map's gives."""
+    """Three anchors of `scale` strides' side for each cell, centred at cell index x stride; torchvision's are rounded, and
+    have the stride that the padded image's size divided by the map's gives."""
 
-    def __init__(self, strides=STRIDES):
-        super().__init__(tuple((8 * stride,) for stride in strides), (RATIOS,) * len(strides))
-        self.strides = strides
+    def __init__(self, scale=8):
+        super().__init__(tuple((scale * stride,) for stride in STRIDES), (RATIOS,) * len(STRIDES))
 
     def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=torch.device("cpu")):  # noqa: B008
         heights = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt() * scales[0]
@@ -69,7 +68,7 @@ class Anchors(AnchorGenerator):
         """The anchors [A, 4] of each image, all the same."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         grids = [feature_map.shape[-2:] for feature_map in feature_maps]
-        anchors = torch.cat(self.grid_anchors(grids, [(stride, stride) for stride in self.strides]))
+        anchors = torch.cat(self.grid_anchors(grids, [(stride, stride) for stride in STRIDES]))
         return [anchors] * len(image_list.image_sizes)
 
 
@@ -176,8 +175,9 @@ class RPN(RegionProposalNetwork):
     Targets also hold "size", height and width of the image without padding.
     """
 
-    def __init__(self, channels, sampled, before_nms, after_nms):
-        super().__init__(Anchors(), FloatRPNHead(channels, len(RATIOS)), 0.7, 0.3, sampled, 0.5, before_nms, after_nms, 0.7)
+    def __init__(self, channels, anchor_scale, sampled, before_nms, after_nms):
+        super().__init__(Anchors(anchor_scale), FloatRPNHead(channels, len(RATIOS)), 0.7, 0.3, sampled, 0.5, before_nms,
+                         after_nms, 0.7)
         self.box_coder, self.min_size = BoxCoder(), 0.0
 
     def assign_targets_to_anchors(self, anchors, targets):
@@ -238,9 +238,11 @@ class CascadeMaskRCNN(nn.Module):
         num_classes: K. channels, hidden: width of pyramid and heads, and of their hidden layer.
         sampled: boxes of an image that each stage learns from, and half as many anchors.
         proposals: (in training, in tests) the most of a level before suppression, and of an image behind it.
+        anchor_scale: side of the anchors in strides.
     """
 
-    def __init__(self, backbone, in_channels, num_classes, channels=256, hidden=1024, sampled=512, proposals=(2000, 1000)):
+    def __init__(self, backbone, in_channels, num_classes, channels=256, hidden=1024, sampled=512, proposals=(2000, 1000),
+                 anchor_scale=8):
         super().__init__()
         self.backbone, self.num_classes = backbone, num_classes
         self.fpn = FeaturePyramidNetwork(in_channels, channels, LastLevelMaxPool())
@@ -248,7 +250,7 @@ class CascadeMaskRCNN(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
         most = dict(zip(("training", "testing"), proposals, strict=True))
-        self.rpn = RPN(channels, sampled // 2, most, most)
+        self.rpn = RPN(channels, anchor_scale, sampled // 2, most, most)
         self.box_heads = nn.ModuleList(BoxHead(channels, hidden, num_classes) for _ in IOU_OF_STAGE)
         self.mask_heads = nn.ModuleList(mask_head(channels, num_classes) for _ in IOU_OF_STAGE)
         self.coders = [BoxCoder(deviations) for deviations in DEVIATIONS]

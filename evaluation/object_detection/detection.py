@@ -30,7 +30,7 @@ FILES = engine.Files(others=("detections.png",))
 PROGRESS = {**engine.PROGRESS, "metrics": {}}  # of the finished detector
 # What a detector is built from again, with numbers that a file may have; "grid" and the images' sizes beside.
 NETWORK = ("patch_size", "window_size", "channels", "hidden", "sampled", "train_proposals", "test_proposals",
-           "test_side", "long_side")
+           "anchor_scale", "test_side", "long_side")
 
 
 def recipe_of(arch):
@@ -64,6 +64,7 @@ def training_parser(description):
     network.add_argument("--final_norm", default=False, help="take a ViT's maps through its final norm", **engine.SWITCH)
     network.add_argument("--channels", type=int_from(8), default=256, help="of the pyramid and the heads")
     network.add_argument("--hidden", type=int_from(8), default=1024, help="width of the box heads' hidden layer")
+    network.add_argument("--anchor_scale", type=int_from(1), default=8, help="side of the anchors in cells of their map")
     network.add_argument("--sampled", type=int_from(8), default=512, help="boxes of an image that each stage learns from")
     network.add_argument("--train_proposals", type=int_from(8), default=2000, help="of an image, before the first stage")
     network.add_argument("--test_proposals", type=int_from(8), default=1000, help="the same in tests")
@@ -84,7 +85,8 @@ OVERRIDES = {
 def build_detector(backbone, num_classes, network):
     """A `CascadeMaskRCNN` on a `DenseBackbone`; network: what `network_of` gives."""
     return CascadeMaskRCNN(backbone, backbone.channels, num_classes, network["channels"], network["hidden"],
-                           network["sampled"], (network["train_proposals"], network["test_proposals"]))
+                           network["sampled"], (network["train_proposals"], network["test_proposals"]),
+                           network["anchor_scale"])
 
 
 def network_of(args, source):

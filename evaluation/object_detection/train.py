@@ -55,7 +55,7 @@ from evaluation.object_detection.draw import write_picture
 METERS = ("loss", *LOSSES, "grad_norm")
 RECORDED = ("epochs", "drops", "warmup_iters", "lr", "weight_decay", "layer_decay", "drop_path", "grid", "final_norm",
             "flip", "short_sides", "long_side", "crop_sides", "crop_range", "test_side", "channels", "hidden", "sampled",
-            "train_proposals", "test_proposals", "seed")  # flags that set results apart
+            "anchor_scale", "train_proposals", "test_proposals", "seed")  # flags that set results apart
 
 
 SHOWN = 4  # validation images that are drawn at the end
