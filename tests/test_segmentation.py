@@ -224,7 +224,7 @@ def test_upernet_equals_that_of_transformers(upernet):
     head, maps = upernet
     other = UperNetHead(UperNetConfig(hidden_size=10, num_labels=7, pool_scales=[1, 2, 3, 6], backbone_config=None),
                         in_channels=[8, 12, 16, 20]).eval()
-    parts = [*zip([block[1] for block in other.psp_modules], head.pools, strict=True), (other.bottleneck, head.top),
+    parts = [*zip([block.layers[1] for block in other.psp_modules.blocks], head.pools, strict=True), (other.bottleneck, head.top),
              *zip(other.lateral_convs, head.laterals, strict=True), *zip(other.fpn_convs, head.smooth, strict=True),
              (other.fpn_bottleneck, head.fuse)]
     for theirs, ours in parts:
