@@ -319,8 +319,8 @@ dense_demo() {
         run "$python" "${at}evaluation/object_detection/train.py" --pretrained_weights "$weights" \
             --arch vit_nano --patch_size 4 --data_path "$scenes/coco" --output_dir "$output/det/$start" \
             --grid 16 24 --short_sides 64 --long_side 96 --crop_sides 64 80 --crop_range 48 64 --test_side 64 \
-            --channels 32 --hidden 64 --anchor_scale 4 --sampled 32 --train_proposals 200 --test_proposals 100 --lr 2e-3 --layer_decay 1 \
-            --drop_path 0 --epochs 4 --drops 3 --warmup_iters 20 --batch_size_per_gpu 4 --num_workers 1 --print_freq 30 \
+            --channels 32 --hidden 64 --anchor_scale 4 --sampled 32 --train_proposals 200 --test_proposals 100 \
+            --lr 2e-3 --layer_decay 1 --drop_path 0 --epochs 4 --drops 3 --warmup_iters 20 --batch_size_per_gpu 4 --num_workers 1 --print_freq 30 \
             --use_fp16 false --overwrite true "$@"
         run "$python" "${at}evaluation/semantic_segmentation/train.py" --pretrained_weights "$weights" \
             --arch vit_nano --patch_size 4 --data_path "$scenes/ade" --num_classes 4 --output_dir "$output/seg/$start" \
