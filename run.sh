@@ -5,6 +5,8 @@ set -euo pipefail
 usage() {
     cat <<'EOF'
 usage: ./run.sh quickstart [flags]   pre-train a small ViT on handwritten digits (minutes on a CPU) and evaluate it
+       ./run.sh dense_demo [flags]   train detection and segmentation of drawn shapes from quickstart's network, or that of
+                                     PRETRAINED, and from random weights; the flags go to all four trainings
        ./run.sh test [flags]         run the tests; the flags go to pytest
        ./run.sh TYPE JOB_NAME ARCH KEY GPUS [flags]
        ./run.sh report JOB_NAME      print the results of a job beside the paper's; write report.md with curves there
@@ -29,6 +31,10 @@ TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_line
             cifar_cls, cifar10_cls, cars_cls, flwrs_cls, inat_cls, inat19_cls
           retrieval on data/revisited_paris_oxford: paris_oxford_reid, with pages of neighbours in retrieval/SET/KEY
           copy detection on data/copydays: copydays_copydet (or copydays_copydey)
+          detection on data/coco, in det/KEY; key=value words of mmdetection's, as lr_config.step=8,11, count as flags:
+            coco_det
+          segmentation on data/ade/ADEChallengeData2016, with such words too: ade20k_seg, UPerNet, in seg/KEY;
+            ade20k_dense_linear, a linear head on the frozen network, in seg_linear/KEY
 JOB_NAME  results go to work_dirs/JOB_NAME
 ARCH      vit_{nano,tiny,small,base,large}, swin_{tiny,small,base,large}, ...
 KEY       networks to evaluate: teacher, student, or both with a comma
@@ -48,7 +54,7 @@ Environment variables:
   LINEAR_AVGPOOL, LINEAR_N_LAST_BLOCKS   of linear probes: pooling and number of blocks (ARCH with `small` or `swin`: 0, 4;
                others: 2, 1)
   MAX_GPUS     limit of processes per node (8)                     GPUS_PER_NODE  processes per node (GPUS, at most MAX_GPUS)
-  TOTAL_NODES, NODE_ID (1, 0)   nodes; all pre-train and run imagenet_cls together, else node i takes the keys i,
+  TOTAL_NODES, NODE_ID (1, 0)   nodes; all share pre-training, imagenet_cls, coco_det and ade20k_*; else node i takes keys i,
                i + TOTAL_NODES, ...
   MASTER_ADDR, MASTER_PORT (127.0.0.1, 29500)   where several nodes meet: the address of node 0
   PYTHON       interpreter (python3)
@@ -59,7 +65,8 @@ EOF
 
 TASKS="imagenet_pretrain imagenet_knn imagenet_reg imagenet_linear imagenet_linear_solo imagenet_unsup_cls \
 imagenet_part_linear imagenet_cls imagenet_semi_cls cifar_cls cifar10_cls cars_cls flwrs_cls inat_cls inat19_cls \
-davis_viseg paris_oxford_reid copydays_copydet"
+davis_viseg paris_oxford_reid copydays_copydet coco_det \
+ade20k_seg ade20k_dense_linear"
 
 # The table of tasks; TASKS and the usage list them too.
 #   script; runs: `together` on all nodes, or once `per_key` on one of them; data and the folders that must be in it; sub:
@@ -89,6 +96,11 @@ task() {
             script=evaluation/semi_supervised/eval_cls.py sub=semi_cls${subset:+/${subset##*/}} features=''
             [ -n "$subset" ] || data=${at}data/imagenet_split
             fixed=(--avgpool_patchtokens "${AVGPOOL:-0}" --finetune_head_layer 1 --epochs 1000 --lr 5e-6) ;;
+        coco_det)  # the recipe is the network's, see its help
+            script=evaluation/object_detection/train.py runs=together data=${at}data/coco sub=det features=''
+            folders="train2017 val2017 annotations" ;;
+        ade20k_seg) segmentation seg ;;
+        ade20k_dense_linear) segmentation seg_linear --head linear ;;
         davis_viseg)
             script=evaluation/eval_video_segmentation.py data=${at}data/davis/DAVIS folders='' features=own
             fixed=(--results_dir "${output-}") ;;
@@ -112,6 +124,12 @@ task() {
 transfer() {
     script=evaluation/eval_cls.py data=${at}data/$2 folders='' sub=cls/$1 features=''
     fixed=(--dataset "$3" --lr "$4" --epochs "$5" "${@:6}")
+}
+
+# segmentation SUB [flags]: the rest of a row of the table; the recipe is the network's, see its help.
+segmentation() {
+    script=evaluation/semantic_segmentation/train.py runs=together data=${at}data/ade/ADEChallengeData2016
+    folders="images annotations" sub=$1 features='' fixed=("${@:2}")
 }
 
 # The first of two values if ARCH is a small network, else the second.
@@ -205,6 +223,7 @@ has_packages() {
 import importlib
 import re
 import sys
+from importlib import metadata
 
 
 def numbers(version):
@@ -222,8 +241,9 @@ for line in open(sys.argv[1]):
         module = importlib.import_module({"pillow": "PIL", "scikit-learn": "sklearn", "pytest-xdist": "xdist"}.get(name, name))
     except Exception:  # a half-finished install can fail in any way
         lack(f"no {name}")
-    if numbers(module.__version__) < numbers(least):
-        lack(f"{name} {module.__version__}, older than {least}")
+    version = getattr(module, "__version__", None) or metadata.version(name)  # pycocotools has none
+    if numbers(version) < numbers(least):
+        lack(f"{name} {version}, older than {least}")
 EOF
 }
 
@@ -284,6 +304,33 @@ quickstart() {
     run "$python" "${at}analysis/quickstart.py" report --output_dir "$output"
 }
 
+# Drawn shapes, segmented from pre-trained and from random weights with the same budget.
+dense_demo() {
+    local cores start output=${OUTPUT_DIR:-${at}work_dirs/dense_demo} scenes=${at}data/shapes
+    local trained=${PRETRAINED:-${at}work_dirs/quickstart/checkpoint.pth}
+    [ "${DRY_RUN:-0}" != 0 ] || [ -f "$trained" ] ||
+        die "dense_demo: no checkpoint $trained; ./run.sh quickstart makes one, PRETRAINED names another"
+    cores=$("$python" -c 'import os; print(os.cpu_count())')
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores - 1 : 1))}
+    run "$python" "${at}analysis/dense_demo.py" data --output_dir "$scenes"
+    for start in pretrained random; do
+        local weights=random
+        [ $start = random ] || weights=$trained
+        run "$python" "${at}evaluation/object_detection/train.py" --pretrained_weights "$weights" \
+            --arch vit_nano --patch_size 4 --data_path "$scenes/coco" --output_dir "$output/det/$start" \
+            --grid 16 24 --short_sides 64 --long_side 96 --crop_sides 64 80 --crop_range 48 64 --test_side 64 \
+            --channels 32 --hidden 64 --anchor_scale 4 --sampled 32 --train_proposals 200 --test_proposals 100 --lr 2e-3 --layer_decay 1 \
+            --drop_path 0 --epochs 4 --drops 3 --warmup_iters 20 --batch_size_per_gpu 4 --num_workers 1 --print_freq 30 \
+            --use_fp16 false --overwrite true "$@"
+        run "$python" "${at}evaluation/semantic_segmentation/train.py" --pretrained_weights "$weights" \
+            --arch vit_nano --patch_size 4 --data_path "$scenes/ade" --num_classes 4 --output_dir "$output/seg/$start" \
+            --crop_size 64 --short_side 64 --long_side 256 --slide_stride 43 --width 32 --lr 5e-3 --layer_decay 1 \
+            --drop_path 0 --iterations 300 --epoch_iterations 150 --warmup_iterations 20 --batch_size_per_gpu 8 \
+            --num_workers 1 --print_freq 40 --use_fp16 false --overwrite true "$@"
+    done
+    run "$python" "${at}analysis/dense_demo.py" report --output_dir "$output"
+}
+
 # ---------------------------------------------------------------- tasks
 
 # Starts the script $1 with the other arguments: on all nodes if the task runs so, else on this one. A single process needs
@@ -326,7 +373,7 @@ run_tasks() {
     while [ -n "$rest" ]; do
         part=${rest%%+*}
         rest=${rest#*+}
-        task "$part" || die "unknown TYPE '$part'; known: ${TASKS// /, } (joined with +), quickstart, report, test"
+        task "$part" || die "unknown TYPE '$part'; known: ${TASKS// /, } (joined with +), quickstart, dense_demo, report, test"
         if [ "$part" = imagenet_pretrain ]; then pretrains=yes; else names+=("$part"); fi
     done
     if [ -n "$pretrains" ]; then  # one rate has no flag to come from then: the sweep is run in its place, as in the reference
@@ -479,6 +526,11 @@ case ${1-} in
         done
         [ "${DRY_RUN:-0}" != 0 ] || set_up
         quickstart "$@"
+        ;;
+    dense_demo)
+        shift
+        [ "${DRY_RUN:-0}" != 0 ] || set_up
+        dense_demo "$@"
         ;;
     test)
         shift

@@ -28,7 +28,8 @@ TRANSFER = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "inat2018": "iNatura
             "flowers": "Flowers", "cars": "Cars"}
 PROTOCOLS |= {f"transfer_{name}": f"transfer, {title}" for name, title in TRANSFER.items()}
 PROTOCOLS |= {"retrieval_roxford5k": "Oxford retrieval", "retrieval_rparis6k": "Paris retrieval",
-              "copy_detection": "Copydays"}
+              "copy_detection": "Copydays", "coco": "detection on COCO",
+              "ade20k_upernet": "ADE20K, UPerNet", "ade20k_linear": "ADE20K, linear"}
 TRAINED = ("linear", "linear_solo", "linear_part", "finetune", "semi_supervised",
            *(f"transfer_{name}" for name in TRANSFER))
 
@@ -85,6 +86,33 @@ PUBLISHED_RETRIEVAL = (
     ("supervised ViT-B/16, 224 pixels", None, None, None, None, 76.4),
 )
 RETRIEVAL = {"retrieval_roxford5k": (1, 4993), "retrieval_rparis6k": (3, 6322)}  # column of medium there; images
+# Cascade Mask R-CNN on COCO, percent: network, patch (Swin: window), pre-training, AP, AP50, AP75 of boxes, the same of
+# masks (Tables 6, 13). The Swin's rows are of its and MoBY's authors; the paper has no Swin.
+PUBLISHED_COCO = (
+    ("vit_small", 16, "iBOT, 800 epochs", 49.4, 68.7, 53.3, 42.6, 65.6, 45.8),
+    ("vit_small", 16, "supervised", 46.2, 65.9, 49.6, 40.1, 62.9, 42.8),
+    ("vit_base", 16, "iBOT, 400 epochs", 51.2, 70.8, 55.5, 44.2, 67.8, 47.7),
+    ("vit_base", 16, "supervised", 49.8, 69.6, 53.8, 43.2, 66.6, 46.5),
+    ("vit_base", 16, "BEiT", 50.1, 68.5, 54.6, 43.5, 66.2, 47.1),
+    ("vit_base", 16, "DINO", 50.1, 69.5, 54.3, 43.4, 66.8, 47.0),
+    ("swin_tiny", 7, "supervised", 48.1, 67.1, 52.5, 41.7, 64.4, 45.0),
+    ("swin_tiny", 7, "MoBY", 48.1, 67.1, 52.1, 41.5, 64.0, 44.7),
+)
+COCO_METRICS = ("bbox_AP", "bbox_AP50", "bbox_AP75", "segm_AP", "segm_AP50", "segm_AP75")
+COCO_IMAGES = (117266, 5000)  # for training, for validation
+# Segmentation of ADE20K, percent: network, pre-training, mIoU and mAcc of UPerNet, the same of the linear head (Tables 6,
+# 14). The Swin's rows are of its and MoBY's authors.
+PUBLISHED_ADE = (
+    ("vit_small", 16, "iBOT, 800 epochs", 45.4, 56.2, None, None),
+    ("vit_small", 16, "supervised", 44.5, 55.5, None, None),
+    ("vit_base", 16, "iBOT, 400 epochs", 50.0, 60.3, 38.3, 48.0),
+    ("vit_base", 16, "supervised", 46.6, 57.0, 35.4, 44.6),
+    ("vit_base", 16, "BEiT", 45.8, 55.9, 27.4, 35.5),
+    ("vit_base", 16, "DINO", 46.8, 57.1, 34.5, 43.7),
+    ("swin_tiny", 7, "supervised", 44.5, None, None, None),
+    ("swin_tiny", 7, "MoBY", 44.1, None, None, None),
+)
+ADE_COLUMNS, ADE_IMAGES = {"ade20k_upernet": 3, "ade20k_linear": 5}, (20210, 2000)
 PUBLISHED_CLUSTERS = {"acc": 43.4, "ari": 32.8, "nmi": 78.6, "fmi": 35.6}
 
 
@@ -163,6 +191,15 @@ def paper(record):
         whole = VIDEO.items() <= record["metrics"].items() and settings.get("scale_size") == 480
         found = PUBLISHED_VIDEO[0][3:] if whole and which == PUBLISHED_VIDEO[0][:2] else ()
         return dict(zip(("J&F-Mean", "J-Mean", "F-Mean"), found, strict=False)), True
+    if protocol == "coco":
+        row = next((row for row in PUBLISHED_COCO if row[:2] == which and row[2].startswith("iBOT")), ())
+        compares = (settings.get("train_images"), settings.get("val_images")) == COCO_IMAGES
+        return dict(zip(COCO_METRICS, row[3:], strict=False)), compares
+    if protocol in ADE_COLUMNS:
+        row = next((row for row in PUBLISHED_ADE if row[:2] == which and row[2].startswith("iBOT")), None)
+        values = row[ADE_COLUMNS[protocol]:][:2] if row else ()
+        compares = (settings.get("train_images"), settings.get("val_images")) == ADE_IMAGES
+        return {name: value for name, value in zip(("mIoU", "mAcc"), values, strict=False) if value}, compares
     if settings.get("dataset", "imagefolder") != "imagefolder":
         return {}, False
     train, compares = settings.get("train_images"), settings.get("val_images") == VAL_IMAGES
@@ -218,7 +255,9 @@ def result_tables(records, outdated):
             beside = ", ".join(shown) or "-"
             if shown and not compares:
                 beside = f"({beside})"
-                what = "the whole data set and whole queries" if record["protocol"] in RETRIEVAL else "ImageNet-1K"
+                what = ("the whole data set and whole queries" if record["protocol"] in RETRIEVAL else
+                        "all of COCO" if record["protocol"] == "coco" else
+                        "all of ADE20K" if record["protocol"] in ADE_COLUMNS else "ImageNet-1K")
                 notes[what] = f"( ) the paper's number is for {what}, this result for other images: they do not compare"
             text = engine.printable(text)
             if "top1" in metrics:
@@ -263,6 +302,24 @@ def retrieval_table(records):
         return []
     return [["network", "Oxford M", "Oxford H", "Paris M", "Paris H", "Copydays strong"]] + [
         [what, *(f"{value:.1f}" if value else "-" for value in values)] for what, *values in PUBLISHED_RETRIEVAL]
+
+
+def coco_table(records):
+    """[header, rows...] of published numbers of detection on COCO, if there is a result of `records` for it, else []."""
+    if not any(record["protocol"] == "coco" for record in records):
+        return []
+    return [["network", "pre-training", *(name.replace("bbox_", "boxes ").replace("segm_", "masks ")
+                                          for name in COCO_METRICS)]] + [
+        [f"{arch}/{size}", what, *(f"{value:.1f}" for value in values)] for arch, size, what, *values in PUBLISHED_COCO]
+
+
+def ade_table(records):
+    """[header, rows...] of published numbers of ADE20K, if there is a result of `records` for it, else []."""
+    if not any(record["protocol"] in ADE_COLUMNS for record in records):
+        return []
+    return [["network", "pre-training", "UPerNet mIoU", "mAcc", "linear mIoU", "mAcc"]] + [
+        [f"{arch}/{size}", what, *(f"{value:.1f}" if value else "-" for value in values)]
+        for arch, size, what, *values in PUBLISHED_ADE]
 
 
 def as_text(table):
@@ -340,6 +397,14 @@ def report(output_dir):
     text += ["Retrieval and copy detection, mAP:", as_markdown(retrieval)] if retrieval else []
     video = video_table(records)
     text += ["Objects in the videos of DAVIS 2017:", as_markdown(video)] if video else []
+    coco = coco_table(records)
+    text += ["Detection on COCO, Cascade Mask R-CNN, single scale:", as_markdown(coco)] if coco else []
+    ade = ade_table(records)
+    text += ["Segmentation of ADE20K, single scale:", as_markdown(ade)] if ade else []
+    for title, pattern in (("Detections", "det/*/detections.png"),
+                           ("Segmentations: images, truth, prediction", "seg*/*/segmentations.png")):
+        found = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+        text += [f"## {title}", *(f"![{name}]({name})" for name in found)] if found else []
     text += ["## Curves"] + ([f"![{title}](pictures/{name}.png)" for name, (title, _) in pictures.items()] or ["No logs."])
     text += ["## Settings", *(settings_text(record) for record in records)]
     try:
@@ -356,6 +421,8 @@ def report(output_dir):
     parts += [source + (f"\n{as_text(published)}" if len(published) > 1 else "")]
     parts += [f"Published mAP of retrieval and copy detection\n{as_text(retrieval)}"] if retrieval else []
     parts += [f"Published numbers of DAVIS 2017\n{as_text(video)}"] if video else []
+    parts += [f"Published numbers of detection on COCO\n{as_text(coco)}"] if coco else []
+    parts += [f"Published numbers of segmentation of ADE20K\n{as_text(ade)}"] if ade else []
     parts += [f"written: {folder / 'report.md'}" + "".join(f", {folder / 'pictures' / name}.png" for name in pictures)]
     print("\n\n".join(parts), flush=True)
 

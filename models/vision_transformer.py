@@ -16,20 +16,21 @@ from torch.utils.checkpoint import checkpoint
 from models.multi_crop import compiled, draw_drop_scales, wanted_rows
 
 
-def resample_positions(pos_embed, height, width):
+def resample_positions(pos_embed, height, width, grid=None):
     """Position embedding [1, 1 + n*n, D] for a grid of height x width cells: [1, 1 + height*width, D].
 
     Bicubic without antialiasing, by the scale factors (height + 0.1)/n and (width + 0.1)/n: the extra 0.1 stays in the
     sampling coordinates. It looks odd, but published weights were trained so (1e-2 in the output).
+    grid: (rows, columns) of `pos_embed`, where it is not square.
     """
-    n = math.isqrt(pos_embed.shape[1] - 1)
-    if (height, width) == (n, n):
+    rows, columns = grid or 2 * (math.isqrt(pos_embed.shape[1] - 1),)
+    if (height, width) == (rows, columns):
         return pos_embed
-    grid = pos_embed[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
-    grid = F.interpolate(grid, scale_factor=((height + 0.1) / n, (width + 0.1) / n), mode="bicubic",
+    grid = pos_embed[:, 1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    grid = F.interpolate(grid, scale_factor=((height + 0.1) / rows, (width + 0.1) / columns), mode="bicubic",
                          align_corners=False, recompute_scale_factor=False)
     if grid.shape[-2:] != (height, width):
-        raise ValueError(f"positions of {n} x {n} cells cannot be resampled to {height} x {width}")
+        raise ValueError(f"positions of {rows} x {columns} cells cannot be resampled to {height} x {width}")
     return torch.cat((pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
@@ -82,6 +83,7 @@ class VisionTransformer(TimmVisionTransformer):
         self.drop_path_rate = drop_path_rate
         self.run_block = PackedBlock.packed  # a compiled one takes its place with `compile_blocks`
         self.residual_dtype = None  # what `forward_crops` holds tokens in between blocks; None: as they come
+        self.pos_grid = None  # (rows, columns) of `pos_embed`; None: it is square
         self.return_all_tokens = return_all_tokens
         self.masked_embed = nn.Parameter(torch.zeros(1, self.embed_dim)) if masked_im_modeling else None
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at 1e-6
@@ -96,7 +98,7 @@ class VisionTransformer(TimmVisionTransformer):
         if mask is not None and self.masked_embed is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.masked_embed.to(x.dtype), x)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        return self.pos_drop(x + resample_positions(self.pos_embed, height, width))
+        return self.pos_drop(x + resample_positions(self.pos_embed, height, width, self.pos_grid))
 
     def forward(self, x, mask=None, return_all_tokens=None):
         """Normed tokens [B, 1 + N, D], or the class token [B, D]. Without `mask` nothing is masked."""
@@ -145,11 +147,18 @@ class VisionTransformer(TimmVisionTransformer):
         return torch.cat(scales, dim=2).unsqueeze(-1).unbind()
 
     def get_intermediate_layers(self, x, n=1, norm=True):
-        """Tokens after each of the last n blocks, shallow to deep: n tensors [B, 1 + N, D], through the final norm."""
+        """Tokens after each of the last n blocks, shallow to deep: n tensors [B, 1 + N, D], through the final norm.
+
+        n: a number of blocks, or the indices of those that are wanted, from 0 on.
+        """
         x, taps = self.prepare_tokens(x), []
+        wanted = range(len(self.blocks))[-n:] if isinstance(n, int) else n
         for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i >= len(self.blocks) - n:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # with the random state, for drop path
+            else:
+                x = block(x)
+            if i in wanted:
                 taps.append(self.norm(x) if norm else x)
         return taps
 

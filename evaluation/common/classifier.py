@@ -89,21 +89,24 @@ def build_network(args, key, checkpoint, num_classes):
     return Classifier(backbone, head, mean_pooling=args.avgpool_patchtokens == 1), source
 
 
-def resize_positions(pos_embed, cells):
-    """Position embedding [1, 1 + n*n, D] for `cells` x `cells` patches: bicubic to that size, the [CLS] entry as it is.
+def resize_positions(pos_embed, rows, columns=None):
+    """Position embedding [1, 1 + n*n, D] for rows x columns patches (default: rows x rows), the [CLS] entry as it is.
 
-    Unlike `models.vision_transformer.resample_positions`, which evaluations of frozen weights need, by the target size.
+    Bicubic; unlike `models.vision_transformer.resample_positions`, which evaluations of frozen weights need, by the target
+    size.
     """
+    columns = columns or rows
     n = math.isqrt(pos_embed.shape[1] - 1)
-    if n == cells:
+    if (rows, columns) == (n, n):
         return pos_embed
     grid = pos_embed[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)  # [1, D, n, n]
-    grid = F.interpolate(grid, size=(cells, cells), mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
     return torch.cat((pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
 def blocks_of(backbone):
     """The blocks of each stage, from the input on; a ViT is one stage."""
+    backbone = getattr(backbone, "body", backbone)  # of a `dense.DenseBackbone`
     return [list(stage.blocks) for stage in backbone.layers] if hasattr(backbone, "layers") else [list(backbone.blocks)]
 
 
@@ -121,13 +124,18 @@ def set_dropout(backbone, drop_path, drop, attn_drop):
 
 # ---------------------------------------------------------------- groups of parameters
 
+def backbone_name(name):
+    """Name of a parameter of a network in its backbone alone; others as they are."""
+    return name.removeprefix("backbone.").removeprefix("body.")
+
+
 def layer_id(name, depths):
     """Place of a parameter in the network: 0 for the embeddings, i + 1 for block i, L + 1 for norms and heads.
 
-    `name` is that in `Classifier`; depths: blocks of each stage. The patch merging after a stage of a Swin counts as part
-    of its last block.
+    `name` is that in `Classifier`, or in a network on a `dense.DenseBackbone`; depths: blocks of each stage. The patch
+    merging after a stage of a Swin counts as part of its last block.
     """
-    name = name.removeprefix("backbone.")
+    name = backbone_name(name)
     words = name.split(".")
     if words[0] in ("cls_token", "pos_embed", "patch_embed", "masked_embed"):
         return 0
@@ -141,7 +149,7 @@ def layer_id(name, depths):
 
 def is_decayed(name, parameter, decay_positions):
     """Whether weight decay applies: not to vectors, biases and, unless `decay_positions`, to positions and [CLS] token."""
-    name = name.removeprefix("backbone.")
+    name = backbone_name(name)
     return not (parameter.ndim == 1 or name.endswith(".bias")
                 or not decay_positions and name in ("pos_embed", "cls_token"))
 
@@ -154,6 +162,8 @@ def parameter_groups(model, layer_decay, decay_positions):
     depths = [len(stage) for stage in blocks_of(model.backbone)]
     groups = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
         decayed = is_decayed(name, parameter, decay_positions)
         group = groups.setdefault((scale, decayed), {"params": [], "lr_scale": scale, "decayed": decayed})
@@ -168,7 +178,7 @@ def layer_table(model, layer_decay, decay_positions):
     rows = {i: ([], []) for i in range(top + 1)}
     for name, parameter in model.named_parameters():
         plain = not is_decayed(name, parameter, decay_positions)
-        rows[layer_id(name, depths)][plain].append(name.removeprefix("backbone."))
+        rows[layer_id(name, depths)][plain].append(backbone_name(name))
     lines = ["layer  rate x   decayed  not  parameters"]
     for i, (decayed, plain) in rows.items():
         shown = sorted({".".join(name.split(".")[:4 if name.startswith("layers") else 2]) for name in decayed + plain})

@@ -1,4 +1,6 @@
 """Command lines of the reference's fine-tuning scripts, turned into those of ours."""
+import re
+
 import engine
 
 # Names of flags (hyphens count as underscores) and words for what has other ones here.
@@ -74,3 +76,23 @@ def _plain(text):
         return f"{float(text):g}"
     except ValueError:
         return text
+
+
+def override_words(words, names):
+    """A command line with mmdetection's and mmsegmentation's `key=value` words -> the same with our flags.
+
+    names: {key: our flag, or None where it changes nothing}. Raises InputError for other keys.
+    """
+    out = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word in ("--cfg-options", "--options"):  # what introduces such words there
+            continue
+        if word.startswith("-") or not equals or not re.fullmatch(r"[a-z_]+(\.\w+)*", key):
+            out.append(word)
+        elif key not in names:
+            raise engine.InputError(f"{word}: not known here; of these words there are {', '.join(names)}, see --help for "
+                                    "what else can be set")
+        elif names[key]:
+            out += [f"--{names[key]}", *value.strip("[]() ").replace(" ", "").split(",")]
+    return out
