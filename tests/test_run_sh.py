@@ -364,12 +364,13 @@ def test_quickstart(repository):
     assert train[:2] == ["python3", "main_ibot.py"] and train[-2:] == ["--epochs", "2"]
     assert flag(train, "--data_path") == "data/digits/train"
     assert flag(train, "--output_dir") == "work_dirs/quickstart" and flag(train, "--overwrite") == "true"
+    assert flag(train, "--global_crops_size") == "16" and flag(train, "--koleo") == "0.5"
     assert report == ["python3", "analysis/quickstart.py", "report", "--output_dir", "work_dirs/quickstart"]
 
 
 def test_quickstart_on_own_images(repository):
     train, report = commands(repository, "quickstart", "--data_path", "mine", "--output_dir=out")
-    assert train[-3:] == ["--data_path", "mine", "--output_dir=out"]
+    assert train[-3:] == ["--data_path", "mine", "--output_dir=out"] and flag(train, "--global_crops_size") == "64"
     assert train.count("--data_path") == 1 and "--output_dir" not in train
     assert "--overwrite" not in train  # what is in the user's own folder is not ours to delete
     assert report[-1] == "out"
