@@ -2,6 +2,7 @@
 
 Letters in shape comments: B images, G global crops, L local crops.
 """
+import argparse
 import sys
 import threading
 import time
@@ -18,6 +19,17 @@ import models
 import utils
 
 K = 8192
+
+
+def step_parser(description):
+    """The flags of benchmarks of a dense task's step."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="vit_small")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp_dtype", choices=("bfloat16", "float16"))
+    return parser
 
 
 def training_args(args, **flags):

@@ -6,7 +6,6 @@
 Parts of the forward pass are those of the network; `rest` is assignment, sampling, pooling of boxes, targets and losses.
 The first step is not counted. Untrained networks find next to nothing: a trained one's masks take longer in tests.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from common import step_parser
 
 import engine
 from evaluation.common.shapes import as_annotations, draw_scene
@@ -76,12 +76,7 @@ def sample(seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="vit_small")
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp_dtype", choices=("bfloat16", "float16"))
+    parser = step_parser(__doc__)
     args = parser.parse_args()
     device, amp_dtype = engine.choose_device(args.device), args.amp_dtype and getattr(torch, args.amp_dtype)
     flags, detector, *_ = new_detector(training_parser("").parse_args(

@@ -6,7 +6,6 @@
 
 The first step is not counted. Images are noise: what they hold does not matter here.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from common import step_parser
 from torch import nn
 
 import engine
@@ -64,12 +64,7 @@ def memory():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="vit_small")
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp_dtype", choices=("bfloat16", "float16"))
+    parser = step_parser(__doc__)
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     if args.memory:

@@ -13,6 +13,7 @@ from PIL import Image
 import engine
 from analysis import dense_demo
 from evaluation import report
+from evaluation.common import dense
 from evaluation.common.reference_flags import override_words
 from evaluation.object_detection import test as test_script
 from evaluation.object_detection import train as train_script
@@ -201,7 +202,7 @@ def test_recipes_and_factors_of_rates(arch, factors):
 def test_groups_of_parameters():
     args = training_parser("").parse_args(SMALL)
     _, detector, *_ = train_script.new_detector(args, {}, 3)
-    groups = train_script.parameter_groups(detector, 0.8)
+    groups = dense.parameter_groups(detector, 0.8)
     names = {id(p): name for name, p in detector.named_parameters()}
     found = {names[id(p)]: group for group in groups for p in group["params"]}
     assert len(found) == len(names) == sum(len(group["params"]) for group in groups)

@@ -2,12 +2,16 @@
 
 Letters: B images, P side of a patch in pixels, L blocks, D width of a ViT, h x w cells of a map, C its channels.
 """
+import argparse
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
 
 import engine
+import utils
 from evaluation.common import classifier
 from evaluation.common.arguments import evaluation_parser, int_from
 from evaluation.common.backbone import load_evaluated_backbone
@@ -132,6 +136,82 @@ def load_dense_backbone(weights, key="teacher", arch=None, patch_size=None, wind
 
 # ---------------------------------------------------------------- training
 
+class Training(NamedTuple):
+    """What an update changes, and the type of mixed precision (None: float32)."""
+    network: nn.Module  # for several processes wrapped
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None = None
+    amp_dtype: torch.dtype | None = None
+
+
+def build_training(model, args, process, amp_dtype):
+    """The `Training` of a network on its device, with AdamW; rates are set at every update."""
+    groups = [{**group, "weight_decay": args.weight_decay * group["decayed"]}
+              for group in parameter_groups(model, args.layer_decay)]
+    optimizer = utils.build_optimizer("adamw", groups, process.device)
+    scaler = torch.amp.GradScaler(process.device.type) if amp_dtype == torch.float16 else None
+    wrapped = engine.data_parallel(model, process.device, args.accum_iter) if process.world_size > 1 else model
+    return Training(wrapped, optimizer, scaler, amp_dtype)
+
+
+def settings_of(args, source, images, recorded, total_batch, amp_dtype):
+    """What results.json says of a run. source: `EvaluatedBackbone`; images: how many for training, for validation;
+    recorded: names of flags that set results apart."""
+    return {
+        "arch": source.arch, "patch_size": source.patch_size, "window_size": source.window_size,
+        "weights_hash": source.weights_hash, "data_path": str(args.data_path), "train_images": images[0],
+        "val_images": images[1], **{name: getattr(args, name) for name in recorded}, "total_batch": total_batch,
+        "precision": str(amp_dtype or torch.float32).removeprefix("torch."), **source.pixel_stats.as_settings()}
+
+
+def resume(run, what, fixed, recorded, parts, total_batch, steps):
+    """Go on from the checkpoint that `--load_from` means, if its run was this one. Returns notes.
+
+    That is, `fixed` of `run.entries` ("settings", and "categories" where there are such) are the same, and in a finished
+    run `recorded` and the number of training images too. Raises InputError for another run; with `--overwrite` that one is
+    started over.
+    """
+    def compared(entries):
+        return {**entries["settings"], "categories": entries.get("categories")}
+
+    kinds = {"model": dict, "optimizer": dict, "settings": dict, "progress": dict}
+    run.find(kinds | ({"categories": dict} if "categories" in run.entries else {}), what)
+    now, notes = compared(run.entries), []
+    then = compared(run.checkpoint) if run.path else now
+    if run.path and run.checkpoint["epoch"] >= run.args.epochs:
+        fixed = (*fixed, *recorded, "train_images")
+    other = next((name for name in fixed if then.get(name) != now[name]), None)
+    if other:
+        problem = (f"checkpoint {run.path}: its run had {other} {engine.printable(then.get(other))}, this one "
+                   f"{engine.printable(now[other])}")
+        engine.need(run.args.overwrite, f"{problem}; choose another --output_dir, or start over with --overwrite true")
+        run.forget()
+        notes = [f"starting over: {problem}"]
+    notes += run.changes({"results_dir", "pretrained_weights", "data_path", "arch", "patch_size", "window_size"})
+    run.resume(parts, total_batch, steps)
+    return notes
+
+
+def finish_update(training, loss=None):
+    """Step on the gradients that there are, without waiting for the device; not if they, or the `loss` of any process, are
+    not finite. Returns the gradients' norm, a 0-d tensor."""
+    network, optimizer, scaler, _ = training
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.stack(utils.clip_gradients(parameters, 0)).norm()
+    if scaler is None:
+        finite = grad_norm.isfinite()
+        if loss is not None:  # gradients are the same in all processes, losses are not
+            finite = finite & engine.all_reduce_mean(loss.clone()).isfinite()
+        utils.step_if(finite, optimizer)
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    share_statistics(network)
+    return grad_norm
+
+
 def parameter_groups(model, layer_decay):
     """AdamW's groups of a network with a `DenseBackbone` as `backbone`: see `classifier.parameter_groups`; frozen: none.
 
@@ -183,6 +263,20 @@ def dense_parser(description):
     engine.add_precision_flags(optim)
     engine.add_bad_image_flags(parser.add_argument_group("training images that cannot be read"))
     engine.add_run_flags(parser.add_argument_group("files"))
+    return parser
+
+
+def dense_test_parser(description, data):
+    """The flags that both test.py share. data: name of the data set."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pth of train.py")
+    parser.add_argument("--data_path", help=f"folder of {data}; by default that of the training")
+    parser.add_argument("--output_dir", help="folder whose results.json gets a record, and of the pictures")
+    parser.add_argument("--visualize", nargs="+", metavar="IMAGE", help="draw what is found in these images, no more")
+    parser.add_argument("--num_workers", type=int_from(0), default=engine.default_workers())
+    engine.add_precision_flags(parser)
+    engine.add_device_flags(parser)
     return parser
 
 

@@ -7,7 +7,6 @@
 The first two print AP of boxes and masks, and record it in OUTPUT_DIR/results.json with the settings of the training. The
 third writes OUTPUT_DIR/NAME_detections.png of each image, with boxes, masks, names and scores.
 """
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import engine
-from evaluation.common.arguments import int_from, probability
+from evaluation.common.arguments import probability
+from evaluation.common.dense import dense_test_parser
 from evaluation.common.protocol import start_process
 from evaluation.common.results import append_result, read_results
 from evaluation.object_detection.coco import ValidationImages, collate, resize, scaled_size
@@ -28,16 +28,8 @@ from images import PixelStats, load_rgb, normalize
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description="Evaluate a detector", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pth of train.py")
-    parser.add_argument("--data_path", help="folder of COCO; by default that of the training")
-    parser.add_argument("--output_dir", help="folder whose results.json gets a record, or of the pictures")
-    parser.add_argument("--visualize", nargs="+", metavar="IMAGE", help="draw what is found in these images instead")
+    parser = dense_test_parser("Evaluate a detector", "COCO")
     parser.add_argument("--threshold", type=probability, default=0.3, help="least score of what is drawn")
-    parser.add_argument("--num_workers", type=int_from(0), default=engine.default_workers())
-    engine.add_precision_flags(parser)
-    engine.add_device_flags(parser)
     return parser
 
 

@@ -19,19 +19,17 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 import engine
 import utils
 from evaluation.common.backbone import read_weights
-from evaluation.common.dense import batch_note, parameter_groups, share_statistics, synchronized
+from evaluation.common.dense import batch_note, build_training, finish_update, resume, settings_of, synchronized
 from evaluation.common.protocol import start_process
 from evaluation.common.reference_flags import override_words
 from evaluation.common.results import append_result, read_results, results_folder
@@ -59,14 +57,6 @@ RECORDED = ("epochs", "drops", "warmup_iters", "lr", "weight_decay", "layer_deca
 
 
 SHOWN = 4  # validation images that are drawn at the end
-
-
-class Training(NamedTuple):
-    """What an update changes, and the type of mixed precision (None: float32)."""
-    network: nn.Module  # for several processes wrapped
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None = None
-    amp_dtype: torch.dtype | None = None
 
 
 def check_args(args):
@@ -103,26 +93,6 @@ def train(args):
             train_detector(args, run)
 
 
-def resume(run, parts, total_batch, steps):
-    """Go on from the checkpoint that `--load_from` means. Returns notes. Raises InputError for a run of other weights or
-    classes, and for a finished one with other settings, or with `--overwrite` starts over."""
-    run.find({"model": dict, "optimizer": dict, "settings": dict, "categories": dict, "progress": dict}, "detection")
-    now, notes = {**run.entries["settings"], "categories": run.entries["categories"]}, []
-    then = {**run.checkpoint["settings"], "categories": run.checkpoint["categories"]} if run.path else now
-    finished = run.path and run.checkpoint["epoch"] >= run.args.epochs
-    fixed = ("weights_hash", "categories", *(("train_images", *RECORDED) if finished else ()))
-    other = next((name for name in fixed if then.get(name) != now[name]), None)
-    if other:
-        problem = (f"checkpoint {run.path}: its run had {other} {engine.printable(then.get(other))}, this one "
-                   f"{engine.printable(now[other])}")
-        engine.need(run.args.overwrite, f"{problem}; choose another --output_dir, or start over with --overwrite true")
-        run.forget()
-        notes = [f"starting over: {problem}"]
-    notes += run.changes({"results_dir", "pretrained_weights", "data_path", "arch", "patch_size", "window_size"})
-    run.resume(parts, total_batch, steps)
-    return notes
-
-
 def train_detector(args, run):
     process, device = run.process, run.process.device
     utils.fix_random_seeds(args.seed)  # the same new weights on all processes
@@ -145,23 +115,15 @@ def train_detector(args, run):
 
     # ============ schedule, optimizer ============
     lr = schedule(args.lr, args.epochs, sampler.steps, args.drops, args.warmup_iters)
-    groups = [{**group, "weight_decay": args.weight_decay * group["decayed"]}
-              for group in parameter_groups(detector, args.layer_decay)]
-    optimizer = utils.build_optimizer("adamw", groups, device)
-    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    wrapped = engine.data_parallel(detector, device, args.accum_iter) if process.world_size > 1 else detector
-    training = Training(wrapped, optimizer, scaler, amp_dtype)
+    training = build_training(detector, args, process, amp_dtype)
 
     # ============ resume ============
-    settings = {
-        "arch": source.arch, "patch_size": source.patch_size, "window_size": source.window_size,
-        "weights_hash": source.weights_hash, "data_path": str(args.data_path), "train_images": len(train_images),
-        "val_images": len(test_images), **{name: getattr(args, name) for name in RECORDED}, "total_batch": total_batch,
-        "precision": str(amp_dtype or torch.float32).removeprefix("torch."), **source.pixel_stats.as_settings()}
+    settings = settings_of(args, source, (len(train_images), len(test_images)), RECORDED, total_batch, amp_dtype)
     run.entries = {"network": network, "categories": categories._asdict(), "settings": settings,
                    "source": {"checkpoint": str(args.pretrained_weights), "key": args.checkpoint_key}}
     notes = [note for note in [batch_note(total_batch, recipe_of(source.arch)["batch"], args.accum_iter)] if note]
-    notes += resume(run, {"model": detector, "optimizer": optimizer, "fp16_scaler": scaler}, total_batch, sampler.steps)
+    parts = {"model": detector, "optimizer": training.optimizer, "fp16_scaler": training.scaler}
+    notes += resume(run, "detection", ("weights_hash", "categories"), RECORDED, parts, total_batch, sampler.steps)
     finished = run.progress["metrics"]
     if finished:
         if run.is_main:
@@ -236,16 +198,7 @@ def train_step(batches, training, lr, accum_iter=1):
             loss = sum(losses.values())
             (loss if scaler is None else scaler.scale(loss)).div(accum_iter).backward()
         rows.append(torch.stack([loss, *losses.values()]).detach())
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.stack(utils.clip_gradients(parameters, 0)).norm()
-    if scaler is None:
-        utils.step_if(grad_norm.isfinite(), optimizer)
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    share_statistics(network)
+    grad_norm = finish_update(training)
     return dict(zip(METERS, (*torch.stack(rows).mean(dim=0), grad_norm), strict=True))
 
 

@@ -6,14 +6,13 @@
 
 Prints IoU and accuracy of every class, and their means; the numbers do not depend on the number of processes.
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import engine
-from evaluation.common.arguments import int_from
+from evaluation.common.dense import dense_test_parser
 from evaluation.common.protocol import start_process
 from evaluation.common.results import append_result, read_results
 from evaluation.semantic_segmentation.ade20k import class_names, read_pairs, scores
@@ -30,16 +29,8 @@ from evaluation.semantic_segmentation.segmentation import (
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description="Evaluate semantic segmentation", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pth of train.py")
-    parser.add_argument("--data_path", help="folder of ADE20K; by default that of the training")
-    parser.add_argument("--output_dir", help="folder whose results.json gets a record, and of classes.tsv and pictures")
-    parser.add_argument("--visualize", nargs="+", metavar="IMAGE", help="draw what is seen in these images, and do no more")
+    parser = dense_test_parser("Evaluate semantic segmentation", "ADE20K")
     parser.add_argument("--inference", choices=("slide", "whole"), help="by default as in the training")
-    parser.add_argument("--num_workers", type=int_from(0), default=engine.default_workers())
-    engine.add_precision_flags(parser)
-    engine.add_device_flags(parser)
     return parser
 
 

@@ -22,20 +22,18 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 import engine
 import utils
 from evaluation.common.arguments import checkpoint_keys
 from evaluation.common.backbone import read_weights
-from evaluation.common.dense import batch_note, parameter_groups, share_statistics, synchronized
+from evaluation.common.dense import batch_note, build_training, finish_update, resume, settings_of, synchronized
 from evaluation.common.protocol import start_process
 from evaluation.common.reference_flags import override_words
 from evaluation.common.results import append_result, read_results, results_folder
@@ -60,14 +58,6 @@ from evaluation.semantic_segmentation.segmentation import (
 RECORDED = ("head", "iterations", "warmup_iterations", "lr", "weight_decay", "layer_decay", "drop_path", "width",
             "final_norm", "num_classes", "crop_size", "short_side", "long_side", "inference", "slide_stride", "seed")
 PICTURES = 6  # validation images that are drawn at the end
-
-
-class Training(NamedTuple):
-    """What an update changes, and the type of mixed precision (None: float32)."""
-    network: nn.Module  # for several processes wrapped
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None = None
-    amp_dtype: torch.dtype | None = None
 
 
 def check_args(args, folders):
@@ -131,26 +121,6 @@ def build_loader(args, pairs, source, process):
                       pin_memory=process.device.type == "cuda", worker_init_fn=engine.ignore_signals)
 
 
-def resume(run, parts, total_batch, steps):
-    """Go on from the checkpoint that `--load_from` means. Returns notes. Raises InputError for a run of other weights, or
-    with `--overwrite` starts over."""
-    run.find({"model": dict, "optimizer": dict, "settings": dict, "progress": dict}, "segmentation")
-    settings, notes = run.entries["settings"], []
-    then = run.checkpoint["settings"] if run.path else settings
-    finished = run.path and run.checkpoint["epoch"] >= run.args.epochs
-    fixed = ("weights_hash", *RECORDED, "train_images") if finished else ("weights_hash", "head", "num_classes")
-    other = [name for name in fixed if then.get(name) != settings[name]]
-    if other:
-        problem = (f"checkpoint {run.path}: its run had {other[0]} {engine.printable(then.get(other[0]))}, this one "
-                   f"{settings[other[0]]}")
-        engine.need(run.args.overwrite, f"{problem}; choose another --output_dir, or start over with --overwrite true")
-        run.forget()
-        notes = [f"starting over: {problem}"]
-    notes += run.changes({"results_dir", "pretrained_weights", "data_path", "arch", "patch_size", "window_size"})
-    run.resume(parts, total_batch, steps)
-    return notes
-
-
 def train_segmenter(args, run, key, content, sets):
     process, device = run.process, run.process.device
     train_pairs, val_pairs = sets
@@ -166,23 +136,15 @@ def train_segmenter(args, run, key, content, sets):
 
     # ============ schedule, optimizer ============
     lr = schedule(args.lr, args.iterations, args.warmup_iterations)
-    groups = [{**group, "weight_decay": args.weight_decay * group["decayed"]}
-              for group in parameter_groups(model, args.layer_decay)]
-    optimizer = utils.build_optimizer("adamw", groups, device)
-    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    wrapped = engine.data_parallel(model, device, args.accum_iter) if process.world_size > 1 else model
-    training = Training(wrapped, optimizer, scaler, amp_dtype)
+    training = build_training(model, args, process, amp_dtype)
 
     # ============ resume ============
-    settings = {
-        "arch": source.arch, "patch_size": source.patch_size, "window_size": source.window_size,
-        "weights_hash": source.weights_hash, "data_path": str(args.data_path), "train_images": len(train_pairs),
-        "val_images": len(val_pairs), **{name: getattr(args, name) for name in RECORDED}, "total_batch": total_batch,
-        "precision": str(amp_dtype or torch.float32).removeprefix("torch."), **source.pixel_stats.as_settings()}
+    settings = settings_of(args, source, (len(train_pairs), len(val_pairs)), RECORDED, total_batch, amp_dtype)
     run.entries = {"network": network, "settings": settings,
                    "source": {"checkpoint": str(args.pretrained_weights), "key": key}}
     notes = [text for text in (note, batch_note(total_batch, BATCH, args.accum_iter)) if text]
-    notes += resume(run, {"model": model, "optimizer": optimizer, "fp16_scaler": scaler}, total_batch, steps)
+    parts = {"model": model, "optimizer": training.optimizer, "fp16_scaler": training.scaler}
+    notes += resume(run, "segmentation", ("weights_hash", "head", "num_classes"), RECORDED, parts, total_batch, steps)
     if run.progress["metrics"]:
         if run.is_main:
             print(f"{run.where()}; {described(run.progress['metrics'])}", flush=True)
@@ -274,17 +236,7 @@ def train_step(batches, training, lr):
             (loss if scaler is None else scaler.scale(loss)).backward()
         rows.append({name: value.detach() for name, value in values.items()})
     means = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.stack(utils.clip_gradients(parameters, 0)).norm()
-    if scaler is None:
-        # Gradients are the same in all processes, losses are not.
-        utils.step_if(grad_norm.isfinite() & engine.all_reduce_mean(means["loss"].clone()).isfinite(), optimizer)
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    share_statistics(network)
+    grad_norm = finish_update(training, means["loss"])
     return {**means, "grad_norm": grad_norm}
 
 
