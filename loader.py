@@ -88,7 +88,11 @@ class ImageFolderMask(CheckedImageFolder):
         seed: a sample is a pure function of (seed, epoch, index), whatever the number of workers and processes. The
             caller's generators stay as they are; `transform` must draw from torch's CPU generator only.
         on_bad_image: "error", or "skip", which marks a bad file in `bad`, uint8 [n]; see `load_or_replace`.
+    Attributes to set: mask_crops, "global", "all", "one" (the first) or "none", when the loss is of all cells; one_ratio, a
+        ratio for all crops of an image; cells, what gives an image's cells their targets: (index, size, boxes, turns, numpy
+        generator) -> boxes, turns, int64 grid for each crop with masks, -1 for a cell that does not count.
     """
+    mask_crops, one_ratio, cells = "global", False, None
 
     def __init__(self, root, transform, patch_size, pred_ratio, pred_ratio_var=0, pred_aspect_ratio=(0.3, 1 / 0.3),
                  pred_shape="block", pred_start_epoch=0, seed=0, on_bad_image="skip"):
@@ -119,14 +123,36 @@ class ImageFolderMask(CheckedImageFolder):
         image, label = load_or_replace(self, index, rng)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would seed the GPUs too
-            crops = self.transform(image)
+            if self.cells is None:
+                crops = self.transform(image)
+            else:
+                boxes, turns, rows = self.transform.draw(*image.size)
+                boxes, turns, targets = self.cells(self.loaded, image.size, boxes, turns, rng)
+                crops = self.transform.finish(image, boxes, turns, rows)
         crops, *rest = crops if getattr(self.transform, "photometry", None) == "device" else (crops,)
-        masked = getattr(self.transform, "global_crops_number", len(crops))
-        return crops, label, [self._draw_mask(crop, rng) for crop in crops[:masked]], *rest
+        masks = self._draw_masks(crops, rng)
+        if self.cells is not None:
+            masks = [np.where(mask, target, -1) for mask, target in zip(masks, targets, strict=True)]
+        return crops, label, masks, *rest
 
-    def _draw_mask(self, crop, rng):
+    def load(self, index):
+        self.loaded = index  # perhaps of an image in place of a bad one
+        return super().load(index)
+
+    def _draw_masks(self, crops, rng):
+        masked = len(crops) if self.mask_crops == "all" else getattr(self.transform, "global_crops_number", len(crops))
+        if self.mask_crops == "none":
+            return [np.ones([side // self.patch_size for side in crop.shape[1:]], dtype=bool) for crop in crops[:masked]]
+        ratio = self._draw_ratio(rng) if self.one_ratio else None
+        masks = [self._draw_mask(crop, rng, ratio) for crop in crops[:masked]]
+        return masks if self.mask_crops != "one" else [masks[0], *map(np.zeros_like, masks[1:])]
+
+    def _draw_ratio(self, rng):
+        return draw_ratio(self.pred_ratio, self.pred_ratio_var, rng) if self.epoch >= self.pred_start_epoch else 0
+
+    def _draw_mask(self, crop, rng, ratio):
         height, width = (side // self.patch_size for side in crop.shape[-2:])
-        ratio = draw_ratio(self.pred_ratio, self.pred_ratio_var, rng) if self.epoch >= self.pred_start_epoch else 0
+        ratio = self._draw_ratio(rng) if ratio is None else ratio
         if self.pred_shape == "rand":
             return random_mask(height, width, ratio, rng)
         return block_mask(height, width, ratio, rng, self.pred_aspect_ratio)
@@ -301,7 +327,10 @@ class MultiCropAugmentation:
         self.blur_p, self.solarize_p = (np.repeat(p, counts) for p in (augment.blur, augment.solarize))
 
     def __call__(self, image):
-        boxes, turns, rows = self.draw(*image.size)
+        return self.finish(image, *self.draw(*image.size))
+
+    def finish(self, image, boxes, turns, rows):
+        """What a call gives, of numbers that `draw` gave."""
         crops = self.cut(np.asarray(image), boxes, turns)
         if self.photometry == "device":
             return crops, rows
@@ -340,9 +369,9 @@ class MultiCropAugmentation:
 class Batch(NamedTuple):
     """One batch of pre-training, made by `collate` in the worker.
 
-    `mask_index` lists the masked cells of the flattened `masks`: nonzero() on a GPU would stall it. `mask_weight` is what
-    each adds to the patch loss: 1 / (masked cells of its crop * G * B), the means over cells, images and crops. Padding
-    has index 0 and weight 0.
+    `mask_index` lists the masked cells of the flattened `masks` (and, behind them, `local_masks`): nonzero() on a GPU would
+    stall it. `mask_weight` is what each adds to the patch loss: 1 / (masked cells of its crop * G * B), the means over
+    cells, images and crops that are masked. Padding has index 0 and weight 0.
     """
     global_crops: torch.Tensor  # uint8 [G, B, 3, S, S]; after `finish_batch` float32
     local_crops: torch.Tensor | None  # uint8 [L, B, 3, s, s]; after `finish_batch` float32
@@ -351,6 +380,8 @@ class Batch(NamedTuple):
     mask_index: torch.Tensor  # int64 [M], into G * B * h * w
     mask_weight: torch.Tensor  # float32 [M]
     photometry: torch.Tensor | None = None  # float32 [G + L, B, 13], what is left for the device to do
+    local_masks: torch.Tensor | None = None  # bool [L, B, h', w'], where local crops are masked too
+    targets: torch.Tensor | None = None  # int64 [M], the masked cells' tokens, or their matches in the other crop's grid
 
 
 class ResumableSampler(DistributedSampler):
@@ -366,21 +397,30 @@ class ResumableSampler(DistributedSampler):
         return itertools.islice(super().__iter__(), self.start, None)
 
 
-def collate(samples, pad_masks=1):
+def collate(samples, pad_masks=1, global_crops_number=None, masked_crops=None):
     """List of B items of `ImageFolderMask` -> `Batch`. M is padded to a multiple of `pad_masks`, to one at least when that
-    is above 1, so that compiled code meets few sizes."""
+    is above 1, so that compiled code meets few sizes.
+
+    global_crops_number: G, by default that of the masks. masked_crops: over how many crops of an image the patch loss is a
+    mean, by default those with a mask, be it empty.
+    """
     crops, labels, masks, *photometry = zip(*samples, strict=True)
-    masks = torch.from_numpy(np.stack(masks, axis=1))  # [G, B, h, w]
+    G = global_crops_number or len(masks[0])
     positions = list(zip(*crops, strict=True))  # G + L tuples of B crops
-    counts = masks.sum(dim=(2, 3)).flatten()  # [G * B]
-    index = masks.flatten().nonzero().flatten()
-    weights = 1 / (counts.clamp(min=1) * len(counts))
+    grids = [torch.from_numpy(np.stack(position)) for position in zip(*masks, strict=True)]  # each [B, h, w]
+    cells = torch.cat([grid.flatten() for grid in grids])
+    masked = cells if cells.dtype == torch.bool else cells >= 0
+    index = masked.nonzero().flatten()
+    masks = [grid if grid.dtype == torch.bool else grid >= 0 for grid in grids]
+    counts = torch.cat([mask.sum(dim=(1, 2)) for mask in masks])  # [G * B]
+    weights = 1 / (counts.clamp(min=1) * ((masked_crops or len(masks)) * len(labels)))
     padding = (0, max(math.ceil(len(index) / pad_masks), pad_masks > 1) * pad_masks - len(index))
     return Batch(
-        _stack(positions[:len(masks)]),
-        _stack(positions[len(masks):]) if len(positions) > len(masks) else None,
-        torch.tensor(labels), masks, F.pad(index, padding), F.pad(weights.repeat_interleave(counts), padding),
-        torch.stack(photometry[0], dim=1) if photometry else None)
+        _stack(positions[:G]), _stack(positions[G:]) if len(positions) > G else None,
+        torch.tensor(labels), torch.stack(masks[:G]), F.pad(index, padding),
+        F.pad(weights.repeat_interleave(counts), padding), torch.stack(photometry[0], dim=1) if photometry else None,
+        torch.stack(masks[G:]) if len(masks) > G else None,
+        None if cells.dtype == torch.bool else F.pad(cells[index].long(), padding))
 
 
 def _stack(positions):
@@ -401,7 +441,9 @@ def data_loader(dataset, batch_size, accum_iter, process, workers, pad_masks, se
     batches = DataLoader(
         dataset, batch_size, num_workers=workers, drop_last=True,
         sampler=ResumableSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed),
-        collate_fn=partial(collate, pad_masks=pad_masks), pin_memory=process.device.type == "cuda",
+        collate_fn=partial(collate, pad_masks=pad_masks, global_crops_number=dataset.transform.global_crops_number,
+                           masked_crops=1 if dataset.mask_crops == "one" else None),
+        pin_memory=process.device.type == "cuda",
         persistent_workers=workers > 0, worker_init_fn=ignore_signals,
         generator=torch.Generator())  # its own, or starting workers in mid-epoch would draw from the run's
     if len(batches) < accum_iter:
@@ -411,8 +453,10 @@ def data_loader(dataset, batch_size, accum_iter, process, workers, pad_masks, se
     return batches
 
 
-def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32):
+def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32, tokenizer=None):
     """`Batch` of uint8 crops, on the training device -> the same with normalised crops, ready for the networks.
+
+    tokenizer: (uint8 global crops [G, B, 3, S, S], `mask_index`) -> `targets` (`tokenizers`).
 
     First `photometry`, which may be compiled, does what `batch.photometry` asks for, one crop position at a time:
     temporaries are of B crops, not of (G + L) B.
@@ -421,11 +465,13 @@ def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET, dtype=torch
     if batch.photometry is not None:
         rows = batch.photometry.split([0 if x is None else len(x) for x in crops])
         crops = [None if x is None else torch.stack(list(map(photometry, x, r))) for x, r in zip(crops, rows, strict=True)]
+    targets = tokenizer(crops[0], batch.mask_index) if tokenizer else batch.targets
     global_crops, local_crops = (None if x is None else normalize(x, stats, dtype) for x in crops)
-    return batch._replace(global_crops=global_crops, local_crops=local_crops, photometry=None)
+    return batch._replace(global_crops=global_crops, local_crops=local_crops, photometry=None, targets=targets)
 
 
-def device_batches(data_loader, device, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32):
+def device_batches(data_loader, device, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32,
+                   tokenizer=None):
     """Batches of a DataLoader, moved to `device` and finished there (`finish_batch`).
 
     On CUDA a batch is copied on a side stream while the device computes on the one before (with `pin_memory=True`; without,
@@ -441,4 +487,4 @@ def device_batches(data_loader, device, photometry=apply_photometry, stats=IMAGE
             main.wait_stream(side)
             for x in (x for x in batch if x is not None):
                 x.record_stream(main)  # its memory may not go to a later copy before `main` has read it
-        yield finish_batch(batch, photometry, stats, dtype)
+        yield finish_batch(batch, photometry, stats, dtype, tokenizer)

@@ -28,6 +28,7 @@ import engine
 import loader
 import models
 import pictures
+import tokenizers
 import utils
 import variants
 
@@ -64,6 +65,7 @@ def get_args_parser():
     masks.add_argument("--pred_ratio_var", default=[0.0], type=float, nargs="+", help="half-width of the draw around each")
     masks.add_argument("--pred_shape", default="block", choices=("block", "rand"))
     masks.add_argument("--pred_start_epoch", default=0, type=int, help="nothing is masked before this epoch (50 for Swin)")
+    variants.add_mask_flags(masks)
 
     loss = parser.add_argument_group("loss (Section 3.2)")
     loss.add_argument("--lambda1", default=1.0, type=float, help="weight of the [CLS] loss")
@@ -78,6 +80,7 @@ def get_args_parser():
     loss.add_argument("--patch_centering", default=True, type=flag, help="centre the patch targets (Table 18)")
     loss.add_argument("--patch_targets", default="soft", choices=("soft", "hard"), help="softmax or arg-max (Table 18)")
     variants.add_flags(loss)
+    tokenizers.add_flags(loss)
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", default=100, type=int)
@@ -133,8 +136,10 @@ def check_args(args):
         positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp",
         share="momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
     augmentation.check_augment_flags(args)
-    need(args.global_crops_number > 1 or (args.local_crops_number and args.lambda1),
+    need(not args.lambda1 or args.global_crops_number > 1 or args.local_crops_number,
          "the [CLS] loss needs two crops: raise --global_crops_number or --local_crops_number")
+    variants.check(args)
+    tokenizers.check(args)
     need(args.lambda1 + args.lambda2 > 0, "--lambda1 and --lambda2 are both 0: there is no loss")
 
     models.check_sizes(args.arch, args.patch_size, args.global_crops_size,
@@ -165,15 +170,17 @@ def cls_cross_entropy(student, teacher, center, student_temp, teacher_temp):
     # only the sum over v of s_v.
     lse = s.logsumexp(dim=-1)  # [G+L, B]
     pairs = lse.sum(dim=0) - lse[:G] - (t * (s.sum(dim=0) - s[:G])).sum(dim=-1)  # [G, B]
-    return pairs.sum() / (pairs.numel() * (len(s) - 1))
+    return pairs.sum() / (pairs.numel() * max(len(s) - 1, 1))  # a single crop has no pair: 0
 
 
 def patch_cross_entropy(student, teacher, weight, center, student_temp, teacher_temp, hard=False):
     """Sum of weight * H(teacher patch, student patch), Equation 1: logits [M, K'], weights [M]. In float32 at least.
 
-    hard: the teacher's arg-max as the target.
+    hard: the teacher's arg-max as the target. Instead of the teacher's logits, int64 [M] are a tokenizer's tokens.
     """
     s = models.at_least_float32(student) / student_temp
+    if teacher.ndim == 1:
+        return ((s.logsumexp(dim=-1) - s.gather(1, teacher.unsqueeze(1)).squeeze(1)) * weight).sum()
     t = (models.at_least_float32(teacher) - center) / teacher_temp
     target = s.gather(1, t.argmax(dim=-1, keepdim=True)).squeeze(1) if hard else (t.softmax(dim=-1) * s).sum(dim=-1)
     return ((s.logsumexp(dim=-1) - target) * weight).sum()
@@ -188,22 +195,29 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         center_momentum, patch_center_momentum: share that the centres keep at each step.
         lambda1, lambda2: weights of the [CLS] and the patch term.
         patch_centering: whether the patch centre moves from 0. patch_targets: "soft", or "hard" for the teacher's arg-max.
-    Attributes to set: sinkhorn, for centres of each batch by itself; koleo, the weight of that regulariser (`variants`).
+    Attributes to set: sinkhorn, for centres of each batch by itself; koleo, the weight of that regulariser; match, what
+        finds a patch's target where it is not the same patch (`variants`). `use_tokens`: a tokenizer gives the targets.
     """
 
     def __init__(self, out_dim, patch_out_dim, teacher_temps, teacher_patch_temps, center_momentum=0.9,
                  patch_center_momentum=0.9, lambda1=1.0, lambda2=1.0, patch_centering=True, patch_targets="soft"):
         super().__init__()
         self.teacher_temps, self.teacher_patch_temps = teacher_temps, teacher_patch_temps
-        self.student_temp = 0.1
+        self.student_temp = self.student_patch_temp = 0.1
         self.center_momentum, self.patch_center_momentum = center_momentum, patch_center_momentum
-        self.sinkhorn, self.koleo = False, 0.0
+        self.sinkhorn, self.koleo, self.match, self.teacher_logits = False, 0.0, None, None
         self.lambda1, self.lambda2 = lambda1, lambda2
         self.patch_centering, self.patch_targets = patch_centering, patch_targets
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.register_buffer("center2", torch.zeros(1, 1, patch_out_dim))
+        self.register_buffer("tokens_seen", None)
         self.teacher_means = []  # of the batches since the centres last moved
         self.cls_cross_entropy, self.patch_cross_entropy = cls_cross_entropy, utils.in_pieces(patch_cross_entropy)
+
+    def use_tokens(self, tokens):
+        """The patch targets are so many tokens; `tokens_seen` notes which of them an epoch has had."""
+        self.tokens_seen = torch.zeros(tokens, dtype=torch.bool, device=self.center.device)
+        self.student_patch_temp, self.patch_centering = 1.0, False
 
     def compile(self):
         """Compile the two cross-entropies; no copy of the logits then reaches memory."""
@@ -217,7 +231,8 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         Args:
             student_cls: [(G+L)*B, K], global crops first, crop by crop. teacher_cls: [G*B, K].
             student_patch, teacher_patch: [M, K'] logits of the masked patches.
-            teacher_patch_mean: [K'], mean teacher logits over all G*B*N patches, or None to leave that centre alone.
+            teacher_patch_mean: [K'], mean teacher logits over all G*B*N patches, or None to leave that centre alone. With
+                a tokenizer `teacher_patch` is int64 [M] and this the share of each token.
             mask_weight: [M], 1 / (G * B * masked patches in the same crop).
 
         Returns:
@@ -232,8 +247,8 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
                 variants.move_to_sinkhorn(self.center2, teacher_patch, patch_temp, mask_weight > 0)  # 0: padding
         cls_loss = self.cls_cross_entropy(student_cls.unflatten(0, (-1, B)), teacher_cls.unflatten(0, (-1, B)), self.center,
                                           self.student_temp, temp)
-        patch_loss = self.patch_cross_entropy(student_patch, teacher_patch, mask_weight, self.center2[0], self.student_temp,
-                                              patch_temp, hard=self.patch_targets == "hard")
+        patch_loss = self.patch_cross_entropy(student_patch, teacher_patch, mask_weight, self.center2[0],
+                                              self.student_patch_temp, patch_temp, hard=self.patch_targets == "hard")
         self.teacher_means.append((models.at_least_float32(teacher_cls).mean(dim=0), teacher_patch_mean))
         return {"loss": self.lambda1 * cls_loss + self.lambda2 * patch_loss, "cls": cls_loss, "patch": patch_loss}
 
@@ -246,7 +261,7 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         """
         cls_means, patch_means = zip(*self.teacher_means, strict=True)
         self.teacher_means = []
-        patches = self.patch_centering and patch_means[0] is not None
+        patches = patch_means[0] is not None and (self.patch_centering or self.tokens_seen is not None)
         means = [torch.where(finite, 0.0, math.nan).view(1), torch.stack(cls_means).mean(dim=0)]
         if patches:
             means.append(torch.stack(patch_means).mean(dim=0))
@@ -255,7 +270,9 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         K = self.center.shape[-1]
         moved = self.center if self.sinkhorn else self.center.lerp(means[None, :K], 1 - self.center_momentum)
         self.center.copy_(torch.where(finite, moved, self.center))
-        if patches:
+        if self.tokens_seen is not None:
+            self.tokens_seen |= means[K:] > 0
+        elif patches:
             moved = self.center2.lerp(means[None, None, K:], 1 - self.patch_center_momentum)
             self.center2.copy_(torch.where(finite, moved, self.center2))
         return finite
@@ -263,8 +280,11 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
 
 # ---------------------------------------------------------------- training
 
-def build_networks(args):
-    """(student, teacher): the teacher has no mask embedding, takes no gradient and starts from the student's weights."""
+def build_networks(args, tokens=None):
+    """(student, teacher): the teacher has no mask embedding, takes no gradient and starts from the student's weights.
+
+    tokens: how many a tokenizer has; the student then predicts these instead of the teacher's patches.
+    """
     drop_path = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
     if args.drop_path is None and not args.arch.startswith("swin"):
         drop_path = {"drop_path_rate": 0.1}
@@ -275,7 +295,10 @@ def build_networks(args):
 
     backbone = models.build_backbone(args.arch, masked_im_modeling=args.use_masked_im_modeling, **shape, **drop_path)
     student = models.MultiCropWrapper(backbone, models.iBOTHead(
-        backbone.embed_dim, args.out_dim, norm_last_layer=args.norm_last_layer, shared_head=args.shared_head, **head))
+        backbone.embed_dim, args.out_dim, norm_last_layer=args.norm_last_layer,
+        shared_head=args.shared_head or bool(tokens), **head))
+    if tokens:
+        student.head.add_token_layer(tokens)
     backbone = models.build_backbone(args.arch, drop_path_rate=0.0, **shape)
     teacher = models.MultiCropWrapper(backbone, models.iBOTHead(
         backbone.embed_dim, args.out_dim, shared_head=args.shared_head_teacher, **head)).requires_grad_(False)
@@ -283,10 +306,10 @@ def build_networks(args):
     return student, teacher
 
 
-def flops_per_image(args):
-    """`models.flops_per_step` for an image of the flags' crops and masks; no memory is taken."""
+def flops_per_image(args, tokenizer=None):
+    """`models.flops_per_step` for an image of the flags' crops and masks, without a tokenizer's; no memory is taken."""
     with torch.device("meta"):
-        networks = build_networks(args)
+        networks = build_networks(args, tokenizer and tokenizer.tokens)
     cells, B = args.global_crops_size // models.mask_cell(args.arch, args.patch_size), args.batch_size_per_gpu
     masked = float(np.mean(args.pred_ratio)) * bool(args.lambda2)
     local_crops = args.local_crops_number * bool(args.lambda1)
@@ -329,18 +352,20 @@ class Training(NamedTuple):
     amp_dtype: torch.dtype | None = None
 
 
-def build_data(args, process, photometry, pad_masks):
+def build_data(args, process, photometry, pad_masks, tokenizer=None):
     """The DataLoader of `loader.Batch`es, of which each process has its share. photometry: "device" or "cpu"."""
     dataset = loader.ImageFolderMask(
         args.data_path,
         transform=loader.MultiCropAugmentation(
             args.global_crops_number, args.global_crops_scale,
-            args.local_crops_number if args.lambda1 else 0,  # local crops enter the [CLS] loss only
+            # local crops enter the [CLS] loss only, unless they are masked
+            args.local_crops_number if args.lambda1 or args.mask_crops == "all" else 0,
             args.local_crops_scale, args.global_crops_size, args.local_crops_size, photometry,
             augmentation.augment_of(args)),
         patch_size=models.mask_cell(args.arch, args.patch_size), pred_ratio=args.pred_ratio,
         pred_ratio_var=args.pred_ratio_var, pred_shape=args.pred_shape, pred_start_epoch=args.pred_start_epoch,
         seed=args.seed, on_bad_image=args.on_bad_image)
+    variants.choose_cells(dataset, args, tokenizer)
     return loader.data_loader(dataset, args.batch_size_per_gpu, args.accum_iter, process, args.num_workers, pad_masks,
                               args.seed)
 
@@ -362,19 +387,22 @@ def pretrain(args, run):
     utils.fix_random_seeds(args.seed)  # the same weights on all processes
     run.find({"student": dict, "teacher": dict, "optimizer": dict, "ibot_loss": dict}, "pre-training")
     compiled, recompute = models.choose_compilation(args.compile, args.recompute, args.grad_checkpointing, device)
+    amp_dtype = engine.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    tokenizer = tokenizers.build(args, device, amp_dtype)
+    run.entries |= tokenizers.record(args, tokenizer)
+    tokenizers.check_same(run.checkpoint, run.path, run.entries)
     torch.backends.cudnn.benchmark = True  # crops have one size or two
 
     # ============ data ============
     on_device = device.type != "cpu" if args.augment_on == "auto" else args.augment_on == "device"
-    data_loader = build_data(args, process, "device" if on_device else "cpu", pad_masks=64 if compiled else 1)
+    data_loader = build_data(args, process, "device" if on_device else "cpu", 64 if compiled else 1, tokenizer)
     dataset, sampler, steps = data_loader.dataset, data_loader.sampler, len(data_loader) // args.accum_iter
     pixel_stats = augmentation.pixel_stats_of(args, run.path, run.checkpoint, dataset, device)
     args = run.args = augmentation.with_resolved(args, pixel_stats)
     total_batch = args.batch_size_per_gpu * process.world_size * args.accum_iter
 
     # ============ networks ============
-    student, teacher = (network.to(device) for network in build_networks(args))
-    amp_dtype = engine.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    student, teacher = (network.to(device) for network in build_networks(args, tokenizer and tokenizer.tokens))
     for network in (student, teacher):
         network.backbone.residual_dtype = amp_dtype if args.residual_dtype == "amp" else None
         network.backbone.set_grad_checkpointing(recompute == "blocks")
@@ -389,10 +417,16 @@ def pretrain(args, run):
         center_momentum=args.center_momentum, patch_center_momentum=args.patch_center_momentum, lambda1=args.lambda1,
         lambda2=args.lambda2, patch_centering=args.patch_centering, patch_targets=args.patch_targets).to(device)
     ibot_loss.sinkhorn, ibot_loss.koleo = args.centering == "sinkhorn", args.koleo
+    if tokenizer:
+        ibot_loss.use_tokens(tokenizer.tokens)
     photometry = loader.apply_photometry
     if compiled:
         ibot_loss.compile()
         photometry = torch.compile(photometry, dynamic=False)
+    if args.patch_match != "self":
+        cross_entropy = torch.compile(patch_cross_entropy) if compiled else patch_cross_entropy
+        variants.match(ibot_loss, args.patch_match, cross_entropy, student.head.last_layer2, teacher.head.last_layer2,
+                       amp_dtype)
     optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     training = Training(ddp_student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, scaler, amp_dtype)
@@ -407,7 +441,7 @@ def pretrain(args, run):
     run.start(dataset)
     run.schedules = {"lr": schedules["lr"], "wd": schedules["wd"]}
     peak = engine.peak_flops(device, amp_dtype)
-    run.seconds_per_image = flops_per_image(args) / peak if peak else None
+    run.seconds_per_image = flops_per_image(args, tokenizer) / peak if peak else None
     if run.is_main:
         if not run.path:
             pictures.write_crops(dataset, islice(sampler, 6), args.use_masked_im_modeling, run.folder)
@@ -429,7 +463,8 @@ def pretrain(args, run):
         # Drop path differs by process; by epoch too, so that a resumed epoch draws what it would have drawn.
         utils.fix_random_seeds(utils.seed_of(args.seed, epoch, process.rank, *[run.step] * (run.step > 0)))
         run.draw_on()
-        batches = loader.device_batches(data_loader, device, photometry, pixel_stats, amp_dtype or torch.float32)
+        batches = loader.device_batches(data_loader, device, photometry, pixel_stats, amp_dtype or torch.float32,
+                                        getattr(tokenizer, "of_crops", None))
         stats = train_one_epoch(run, batches, training, schedules, epoch, args)
         run.end_epoch({f"train_{name}": value for name, value in stats.items()}, stats)
         seen = collapse.say(stats, args.out_dim, ibot_loss.center2.shape[-1], schedules["temp"][epoch], seen)
@@ -441,7 +476,9 @@ def pretrain(args, run):
 
 def train_one_epoch(run, batches, training, schedules, epoch, args):
     """The updates that are left of an epoch. Returns its means by name (on process 0 also clustering scores)."""
-    signs = engine.DeviceMeters(collapse.SIGNS)
+    tokens_seen = training.ibot_loss.tokens_seen
+    names = collapse.names_of(training.ibot_loss)
+    signs = engine.DeviceMeters(names)
     for it in run.updates():
         step, watch = run.update, run.is_log_step(it)
         means, watched, labels, clusters = train_step(
@@ -451,9 +488,12 @@ def train_one_epoch(run, batches, training, schedules, epoch, args):
         run.add(means, labels=labels, clusters=clusters)
         if watch:
             run.log(METERS[:4])
-            signs.add(*(watched[name] for name in collapse.SIGNS))
+            signs.add(*(watched[name] for name in names))
             run.add_rows(collapse.finished(signs.read()))
     stats = run.means()
+    if tokens_seen is not None:
+        stats["tokens_used"] = tokens_seen.float().mean().item()
+        tokens_seen.zero_()
     labels, clusters = (run.gathered(name).numpy() for name in ("labels", "clusters"))
     if run.is_main:
         stats |= utils.clustering_scores(labels, clusters)
@@ -493,26 +533,34 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
         patch_loss = ibot_loss.lambda2 > 0  # without it no patch goes through the last layer
         index = batch.mask_index if patch_loss else batch.mask_index[:0]
         weight = batch.mask_weight if patch_loss else batch.mask_weight[:0]
-        last = i + 1 == accum_iter
+        local_masks = None if batch.local_masks is None else batch.local_masks.flatten(0, 1)
+        match, last = ibot_loss.match is not None, i + 1 == accum_iter
         with student.no_sync() if engine.get_world_size() > 1 and not last else nullcontext():
             with torch.autocast(global_crops.device.type, amp_dtype, enabled=amp_dtype is not None):
                 with torch.no_grad():
-                    teacher_cls, teacher_patch, teacher_mean, _ = teacher(
-                        global_crops, index, patch_mean=patch_loss and ibot_loss.patch_centering and not ibot_loss.sinkhorn)
-                student_cls, student_patch, _, features = student(global_crops, index, masks=masks, local_crops=local_crops)
+                    teacher_outputs = variants.needs_teacher(ibot_loss) and teacher(
+                        global_crops, variants.teacher_cells(index, batch, ibot_loss),
+                        local_crops=None if local_masks is None else local_crops,  # if masked, they have targets too
+                        patch_mean=patch_loss and ibot_loss.patch_centering and not ibot_loss.sinkhorn, bottlenecks=match)
+                student_outputs = student(global_crops, index, masks=masks, local_crops=local_crops,
+                                          local_masks=local_masks, bottlenecks=match)
+            student_cls, student_patch, _, features = student_outputs
+            teacher_cls, teacher_patch, teacher_mean = variants.targets(
+                teacher_outputs, student_outputs, batch, weight, ibot_loss)
             losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, teacher_mean, weight, G, epoch)
             if ibot_loss.koleo:
                 losses["loss"] = losses["loss"] + ibot_loss.koleo * sum(map(variants.koleo, features[:G * B].split(B)))
 
             clusters.append(teacher_cls[:B].argmax(dim=-1))
             labels.append(batch.labels)
-            agree = (clusters[-1] == student_cls[B:2 * B].argmax(dim=-1)).float().mean()
+            agree = (clusters[-1] == student_cls[min(B, len(student_cls) - B):][:B].argmax(dim=-1)).float().mean()
             rows.append(torch.stack([*(value.detach() for value in losses.values()), agree]))
             if watch and last:
-                signs = collapse.signs(ibot_loss, teacher_cls, teacher_patch, weight, losses, epoch)
+                signs = collapse.signs(ibot_loss, teacher_cls, teacher_patch, weight, losses, epoch, student_patch)
 
             # backward; what it does not read makes room
             del batch, global_crops, local_crops, teacher_cls, teacher_patch, student_cls, student_patch, features
+            del teacher_outputs, student_outputs
             loss = losses["loss"] / accum_iter
             (loss if scaler is None else scaler.scale(loss)).backward()
     means = torch.stack(rows).mean(dim=0)

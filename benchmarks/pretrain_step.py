@@ -276,7 +276,7 @@ def measure_variants(args, device):
 
         def separately(crops, masks=None, wanted=None, backbone=network.backbone, forward=forward):
             """A pass for each crop size, every token through the last block."""
-            parts = [forward(backbone, [x], masks if i == 0 else None) for i, x in enumerate(crops)]
+            parts = [forward(backbone, [x], masks and [mask]) for x, mask in zip(crops, masks or crops, strict=True)]
             shapes = tuple(shape for _, (shape,) in parts)
             x = torch.cat([x for x, _ in parts])
             return x if wanted is None else x.index_select(0, models.multi_crop.wanted_rows(shapes, wanted)), shapes

@@ -96,6 +96,13 @@ class iBOTHead(nn.Module):  # noqa: N801 - the reference's name
             self.last_layer.weight_g.requires_grad_(False)
             self.last_layer2.weight_g.requires_grad_(False)
         self.has_batch_norm = norm in ("bn", "syncbn")
+        self.token = None
+
+    def add_token_layer(self, tokens):
+        """One linear layer from patches to that many tokens, of which a tokenizer gives the targets, as in BEiT."""
+        self.token = nn.Linear(self.mlp[0].in_features, tokens)
+        nn.init.trunc_normal_(self.token.weight, std=0.02)
+        nn.init.zeros_(self.token.bias)
 
     def bottleneck(self, x):
         """Tokens [..., D] to points of the unit sphere [..., 256], in float32 whatever the mixed precision."""

@@ -48,16 +48,20 @@ def wanted_rows(shapes, wanted):
 
     Args:
         shapes: (crops, tokens of each, a class token before the N patches) for every crop size.
-        wanted: int64 [M], cells of the flattened [crops * N] of the first size.
+        wanted: int64 [M], cells of the flattened [crops * N] of the first size, or behind these those of the others.
 
     Returns:
         int64 [all crops + M], class tokens first.
     """
-    rows, start = [], 0
+    rows, start, cells = [], 0, 0
+    patches = wanted + wanted // (shapes[0][1] - 1) + 1
     for crops, length in shapes:
         rows.append(start + length * torch.arange(crops, device=wanted.device))
-        start += crops * length
-    return torch.cat((*rows, wanted + wanted // (shapes[0][1] - 1) + 1))
+        if start:
+            beyond = wanted - cells
+            patches = torch.where(beyond < 0, patches, start + beyond + beyond // (length - 1) + 1)
+        start, cells = start + crops * length, cells + crops * (length - 1)
+    return torch.cat((*rows, patches))
 
 
 class MultiCropWrapper(nn.Module):
@@ -77,21 +81,26 @@ class MultiCropWrapper(nn.Module):
         self.head.bottleneck = compiled(self.head.bottleneck, recompute, backend=backend)
         self.head.last_layers = compiled(self.head.last_layers, recompute, backend=backend)
 
-    def forward(self, global_crops, mask_index, masks=None, local_crops=None, patch_mean=False):
+    def forward(self, global_crops, mask_index, masks=None, local_crops=None, patch_mean=False, local_masks=None,
+                bottlenecks=False):
         """Logits of the given crops.
 
         Args:
             global_crops: [G*B, 3, S, S].
-            mask_index: int64 [M], the cells of the flattened [G*B*N] whose patch logits are wanted.
-            masks: bool [G*B, h, w] of the cells hidden from the network, or None.
+            mask_index: int64 [M], the cells of the flattened [G*B*N] whose patch logits are wanted, and behind these of the
+                local crops.
+            masks: bool [G*B, h, w] of the cells hidden from the network, or None. local_masks: the same of local crops.
             local_crops: [L*B, 3, s, s] or None.
-            patch_mean: also give the mean over all G*B*N patches of their logits, for the centre; without local crops. The
-                last layer is linear, so this is the last layer of the mean bottleneck, in float32.
+            patch_mean: also give the mean over all patches of their logits, for the centre. The last layer is linear, so
+                this is the last layer of the mean bottleneck, in float32.
+            bottlenecks: of the patches give these instead of the logits.
 
         Returns:
-            cls [(G+L)*B, K], patches [M, K'], patch mean [K'] or None, and the [CLS] tokens before the head [(G+L)*B, D].
+            cls [(G+L)*B, K], patches [M, K'], patch mean [K'] or None, and the tokens before the head: of [CLS] and of the
+            wanted patches, [(G+L)*B + M, D].
         """
         crops = [global_crops] if local_crops is None else [global_crops, local_crops]
+        masks = [masks, local_masks][:len(crops)]
         mean_logits = None
         if self.head.has_batch_norm or patch_mean:
             tokens, shapes = self.backbone.forward_crops(crops, masks)  # [T, D]
@@ -99,15 +108,23 @@ class MultiCropWrapper(nn.Module):
             z = torch.cat([self.head.bottleneck(part) for part in tokens.split([n * length for n, length in shapes])])
             if patch_mean:
                 with torch.autocast(z.device.type, enabled=False):
-                    mean_z = z.unflatten(0, shapes[0])[:, 1:].mean(dim=(0, 1))
+                    patches = [n * (length - 1) for n, length in shapes]
+                    parts = z.split([n * length for n, length in shapes])
+                    mean_z = sum(part.unflatten(0, shape)[:, 1:].mean(dim=(0, 1)) * (count / sum(patches))
+                                 for part, shape, count in zip(parts, shapes, patches, strict=True))
                     mean_logits = self.head.last_layer2(mean_z)
             rows = wanted_rows(shapes, mask_index)
             z, tokens = z.index_select(0, rows), tokens.index_select(0, rows)
         else:
             tokens, _ = self.backbone.forward_crops(crops, masks, mask_index)
-            z = self.head.bottleneck(tokens)
-        cls, patches = z.split((len(z) - len(mask_index), len(mask_index)))
-        return *self.head.last_layers(cls, patches), mean_logits, tokens[:len(cls)]
+            z = self.head.bottleneck(tokens if self.head.token is None else tokens[:len(tokens) - len(mask_index)])
+        classes = len(tokens) - len(mask_index)
+        if self.head.token is not None:
+            return self.head.last_layer(z[:classes]), self.head.token(tokens[classes:]), mean_logits, tokens
+        cls, patches = z.split((classes, len(mask_index)))
+        if bottlenecks:
+            return self.head.last_layer(cls), patches, mean_logits, tokens
+        return *self.head.last_layers(cls, patches), mean_logits, tokens
 
 
 def flops_per_step(student, teacher, global_crops, cells, masked, local_crops, patch_mean):

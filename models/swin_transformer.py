@@ -160,7 +160,8 @@ class SwinTransformer(TimmSwinTransformer):
     def forward_crops(self, crops, masks=None, wanted=None):
         """Tokens of crops of several sizes, as `VisionTransformer.forward_crops`, but in a pass for each size: windows
         leave little to pack."""
-        tokens = [self(x, masks if i == 0 else None, return_all_tokens=True) for i, x in enumerate(crops)]
+        tokens = [self(x, mask, return_all_tokens=True)
+                  for x, mask in zip(crops, masks or [None] * len(crops), strict=True)]
         shapes = tuple((len(x), x.shape[1]) for x in tokens)
         x = torch.cat([x.flatten(0, 1) for x in tokens])
         return x if wanted is None else x.index_select(0, wanted_rows(shapes, wanted)), shapes

@@ -113,15 +113,15 @@ class VisionTransformer(TimmVisionTransformer):
         """Normed tokens of crops of several sizes in one pass; equal to `forward` on each size by itself.
 
         Args:
-            crops: list of [B, 3, H, W], one of each size. masks: bool [B, h, w] for the first of them, or None.
-            wanted: int64 [M], patches of the first crops (cells of the flattened [B * N]) that are needed, beside all class
-                tokens; None for all tokens. The last block then spends its MLP on these alone.
+            crops: list of [B, 3, H, W], one of each size. masks: list of bool [B, h, w] or None for each size; None: none.
+            wanted: int64 [M], patches that are needed beside all class tokens, see `wanted_rows`; None for all tokens. The
+                last block then spends its MLP on these alone.
 
         Returns:
             [T, D], crop by crop, each with its class token first; with `wanted` [R, D], class tokens and then patches. And
             the shapes, (crops, tokens of each) for every size.
         """
-        tokens = [self.prepare_tokens(x, masks if i == 0 else None) for i, x in enumerate(crops)]
+        tokens = list(map(self.prepare_tokens, crops, masks or [None] * len(crops)))
         shapes = tuple((len(x), x.shape[1]) for x in tokens)
         x = torch.cat([x.flatten(0, 1) for x in tokens])  # [T, D]
         x = x.to(self.residual_dtype or x.dtype)

@@ -450,7 +450,7 @@ def test_collapse_signs_equal_plain_ones():
     s_cls, s_patch, t_cls, t_patch = (torch.randn(n, 8, dtype=torch.float64) for n in (G * B, 5, G * B, 5))
     weight = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.0], dtype=torch.float64)
     losses = module(s_cls, s_patch, t_cls, t_patch, None, weight, G, 0)
-    signs = collapse.signs(module, t_cls, t_patch, weight, losses, 0)
+    signs = collapse.signs(module, t_cls, t_patch, weight, losses, 0, None)
     p = ((t_cls - module.center) / 0.05).softmax(-1)
     q = (s_cls / 0.1).log_softmax(-1)
     kl = sum((p[g * B:(g + 1) * B] * (p[g * B:(g + 1) * B].log() - q[(1 - g) * B:(2 - g) * B])).sum(-1).mean() for g in range(2)) / 2
