@@ -113,3 +113,54 @@ def test_koleo_enters_the_total():
     training = main_ibot.Training(student, teacher.requires_grad_(False), utils.ema_pairs(student, teacher), loss, optimizer)
     means, *_ = main_ibot.train_step(iter([batch]), training, 0, 0.1, 0.0, 0.9, 0.0, freeze_last_layer=False)
     torch.testing.assert_close(means["loss"] - means["cls"] - means["patch"], 0.5 * sum(koleo(x) for x in features), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- patches of the other view
+
+UPRIGHT, FLIPPED = (False, False, 0), (True, False, 0)
+
+
+def test_position_targets():
+    boxes = [(0, 0, 80, 80), (36, 22, 60, 60)]
+    centers = variants.cell_centers(boxes[1], FLIPPED, 2).reshape(-1, 2)
+    assert centers.tolist() == [[81, 37], [51, 37], [81, 67], [51, 67]]
+    assert variants.position_targets(boxes, [UPRIGHT, FLIPPED], 2).tolist() == [[[-1, -1], [-1, 3]], [[-1, 1], [-1, 3]]]
+    same = variants.position_targets([(3, 4, 50, 70)] * 2, [UPRIGHT, UPRIGHT], 3)
+    assert same.reshape(2, -1).tolist() == [list(range(9))] * 2
+    mirrored = variants.position_targets([(3, 4, 50, 70)] * 2, [UPRIGHT, FLIPPED], 3)
+    assert mirrored[0].tolist() == mirrored[1].tolist() == [[2, 1, 0], [5, 4, 3], [8, 7, 6]]
+    assert (variants.position_targets([(0, 0, 10, 10), (10, 0, 10, 10)], [UPRIGHT] * 2, 2) == -1).all()
+
+
+def test_cell_centers_turn_as_crops_do():
+    """A cell holds the pixels that its centre lies in, whatever the turn."""
+    pixels = torch.arange(36).view(6, 6).expand(3, 6, 6).permute(1, 2, 0).to(torch.uint8).numpy()
+    transform = loader.MultiCropAugmentation(1, global_crops_size=6)
+    for turn in [(flip, down, quarters) for flip in (False, True) for down in (False, True) for quarters in range(4)]:
+        crop, = transform.cut(pixels, [(0, 0, 6, 6)], [turn])
+        centers = variants.cell_centers((0, 0, 6, 6), turn, 6)
+        assert (centers[..., 1] // 1 * 6 + centers[..., 0] // 1 == crop[0].numpy()).all()
+
+
+def test_match_features():
+    own = torch.tensor([[1., 0], [0, 1], [1, 1], [-1, 0]]), torch.tensor([[0., 2], [1, .2], [-1, -1], [3, 3]])
+    for scale in (1, 7):
+        student = torch.cat(own) * torch.linspace(1, scale, 8)[:, None]
+        assert variants.match_features(student, torch.cat(own), 1).tolist() == [5, 4, 7, 6, 1, 0, 3, 2]
+
+
+T_U, T_V = .1 * torch.tensor([[1., 0], [0, 1], [0, 0], [2, 0]]), .1 * torch.tensor([[0., 1], [1, 0], [0, 0], [0, 2]])
+S_U, S_V = .1 * torch.tensor([[0., 0], [0, 0], [0, 0], [1, 0]]), .1 * torch.tensor([[0., 0], [1, 0], [0, 0], [0, 1]])
+
+
+def test_position_loss():
+    """The worked example of two patches of which one view has one and the other two in the overlap."""
+    grids = variants.position_targets([(0, 0, 80, 80), (36, 22, 60, 60)], [UPRIGHT, FLIPPED], 2)
+    batch = loader.collate([([torch.zeros(3, 4, 4, dtype=torch.uint8)] * 2, 0, list(grids))])
+    module = main_ibot.iBOTLoss(2, 2, [0.1], [0.1]).double()
+    module.match = "position"
+    rows = variants.teacher_cells(batch.mask_index, batch, module)
+    assert batch.mask_index.tolist() == [3, 5, 7] and rows.tolist() == [7, 1, 3]
+    loss = main_ibot.patch_cross_entropy(torch.cat((S_U, S_V)).double()[batch.mask_index], torch.cat((T_U, T_V)).double()[rows],
+                                         batch.mask_weight, 0, 0.1, 0.1)
+    assert abs(loss - 1.156624) < 1e-6
