@@ -26,6 +26,8 @@ AUGMENT_PRESETS = {
     "photos": Augment(),
     "grey": Augment(color_jitter=(0.8, 0.4, 0.4, 0.0, 0.0), grayscale=0.0, solarize=NEVER),
     "overhead": Augment(vflip=0.5, rotate90=1.0, color_jitter=(0.8, 0.4, 0.4, 0.2, 0.05), grayscale=0.1, solarize=NEVER),
+    # BEiT's: colours always change, no blur, grey or inversion (arXiv 2106.08254); with --global_crops_scale 0.08 1
+    "beit": Augment(color_jitter=(1.0, 0.4, 0.4, 0.4, 0.0), grayscale=0.0, blur=NEVER, solarize=NEVER),
     "none": Augment(hflip=0.0, color_jitter=(0.0,) * 5, grayscale=0.0, blur=NEVER, solarize=NEVER),
 }
 

@@ -41,6 +41,7 @@ def crops_of(dataset, index, masked):
     crops = [crop.permute(1, 2, 0).numpy().copy() for crop in crops]  # uint8 [S, S, 3]
     if masked:
         for crop, mask in zip(crops, masks):  # noqa: B905 - local crops have no mask
+            mask = mask if mask.dtype == bool else mask >= 0
             crop[np.kron(mask, np.ones((dataset.patch_size, dataset.patch_size), dtype=bool))] = 128
     return [Image.fromarray(crop) for crop in crops]
 

@@ -10,6 +10,7 @@ import loader
 import main_ibot
 import tokenizers
 import utils
+from analysis import patch_clusters
 from evaluation.common.clustering import load_projection_head
 
 FLAGS = ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_number", "0", "--device", "cpu",
@@ -207,3 +208,40 @@ def test_files_that_are_no_tokenizer(checkpoint, tmp_path):
         build("kmeans", tmp_path / "absent.safetensors")
     with pytest.raises(engine.InputError, match="its patches are of 8 pixels, the student's of 16"):
         tokenizers.build(parsed("--patch_size", 16, "--tokenizer", "dino", "--tokenizer_file", checkpoint), torch.device("cpu"), None)
+
+
+def test_lloyd_equals_scikit_learn():
+    from sklearn.cluster import KMeans
+    rows = np.random.default_rng(0).integers(256, size=(500, 12), dtype=np.uint8)
+    start = torch.from_numpy(rows[:9]).float() / 255
+    found, inertia = patch_clusters.lloyd(rows, start, 30, torch.device("cpu"))
+    expected = KMeans(9, init=start.numpy(), n_init=1, max_iter=30, tol=0, algorithm="lloyd").fit(rows / np.float32(255))
+    np.testing.assert_allclose(found, expected.cluster_centers_, atol=1e-5)
+    assert abs(inertia * 500 - expected.inertia_) < 1e-2
+    start[3] = 9  # far from everything: it gets the row that is farthest from its own
+    moved, _ = patch_clusters.lloyd(rows, start, 1, torch.device("cpu"))
+    x = torch.from_numpy(rows).float() / 255
+    others = torch.cat((start[:3], start[4:]))
+    torch.testing.assert_close(moved[3], x[torch.cdist(x, others).amin(dim=1).argmax()])
+
+
+def test_patch_clusters(digits, tmp_path, monkeypatch):
+    """Of the same patches again the same centroids, which a run reads; a draw of patches takes those of the middle crops."""
+    def run(name, *words):
+        monkeypatch.setattr("sys.argv", ["patch_clusters.py", "--data_path", str(digits / "train"), "--patch_size", "8",
+                                         "--image_size", "32", "--clusters", "20", "--num_workers", "0", "--device", "cpu",
+                                         "--rounds", "3", "--out", str(tmp_path / name), *words])
+        patch_clusters.main()
+        return tokenizers.Centroids(tmp_path / name, 8, torch.device("cpu")).centroids
+    whole = run("a.safetensors", "--subset", "1")
+    assert torch.equal(whole, run("b.safetensors", "--subset", "1", "--patches", str(16 * 120)))
+    assert whole.shape == (20, 192) and 0 <= whole.min() and whole.max() <= 1
+    assert engine.safetensors_metadata(tmp_path / "a.safetensors")["rows"] == "1920"
+    assert engine.safetensors_metadata(tmp_path / "a.safetensors").keys() >= {"p", "K", "seed", "inertia"}
+    assert not list(tmp_path.glob("*.rows"))
+    with pytest.raises(engine.InputError, match="--clusters 20 of 10 patches"):
+        run("c.safetensors", "--patches", "10")
+    image = torch.arange(3 * 4 * 4, dtype=torch.uint8).view(3, 4, 4)
+    expected = torch.stack([image[:, y:y + 2, x:x + 2].permute(1, 2, 0).flatten() for y in (0, 2) for x in (0, 2)])
+    assert torch.equal(patch_clusters.patches_of(image, 2), expected)
+    assert torch.equal(tokenizers.cells_of(image[None, None], 2, torch.arange(4)).flatten(1), expected)

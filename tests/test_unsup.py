@@ -107,7 +107,7 @@ def test_kmeans_of_hard_cases():
 def test_a_cluster_without_images_gets_some(monkeypatch):
     x, groups = clouds(4, 20, 0.05)
     first = int((groups == 0).nonzero()[0])
-    monkeypatch.setattr("evaluation.common.clustering._spread_out", lambda x, k, generator: torch.full((k,), first))
+    monkeypatch.setattr("evaluation.common.clustering.spread_out", lambda x, k, generator: torch.full((k,), first))
     clusters, _ = kmeans(x, 4)  # all centres begin at one image
     assert len(clusters.unique()) == 4
 

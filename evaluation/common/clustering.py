@@ -54,7 +54,7 @@ def kmeans(features, k, seed=0, max_iter=100, device="cpu", max_block=MAX_BLOCK)
         raise engine.InputError(f"k-means: {k} clusters of {len(features)} images")
     x = F.normalize(features.to(device), dim=1)
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same draws on every device
-    centres = x[_spread_out(x, k, generator)]
+    centres = x[spread_out(x, k, generator)]
     clusters = None
     for _ in range(max_iter):
         parts = [torch.cdist(block, centres).min(dim=1) for block in x.split(max(1, max_block // k))]
@@ -69,7 +69,7 @@ def kmeans(features, k, seed=0, max_iter=100, device="cpu", max_block=MAX_BLOCK)
     return clusters.cpu(), distances.square().sum().item()
 
 
-def _spread_out(x, k, generator):
+def spread_out(x, k, generator):
     """Places [k] of k-means++ (Arthur and Vassilvitskii, 2007): each drawn by the squared distance to the ones before."""
     places = [int(torch.randint(len(x), (), generator=generator))]
     nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
