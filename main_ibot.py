@@ -220,9 +220,10 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         self.student_patch_temp, self.patch_centering = 1.0, False
 
     def compile(self):
-        """Compile the two cross-entropies; no copy of the logits then reaches memory."""
+        """Compile the two cross-entropies; no copy of the logits then reaches memory. With `match` there are few at a time."""
         self.cls_cross_entropy = torch.compile(cls_cross_entropy)
-        self.patch_cross_entropy = torch.compile(patch_cross_entropy)
+        if not self.match:
+            self.patch_cross_entropy = torch.compile(patch_cross_entropy)
 
     def forward(self, student_cls, student_patch, teacher_cls, teacher_patch, teacher_patch_mean, mask_weight,
                 global_crops_number, epoch):
@@ -416,17 +417,11 @@ def pretrain(args, run):
         args.out_dim, args.out_dim if args.shared_head else args.patch_out_dim, schedules["temp"], schedules["patch_temp"],
         center_momentum=args.center_momentum, patch_center_momentum=args.patch_center_momentum, lambda1=args.lambda1,
         lambda2=args.lambda2, patch_centering=args.patch_centering, patch_targets=args.patch_targets).to(device)
-    ibot_loss.sinkhorn, ibot_loss.koleo = args.centering == "sinkhorn", args.koleo
-    if tokenizer:
-        ibot_loss.use_tokens(tokenizer.tokens)
+    variants.choose(ibot_loss, args, tokenizer, patch_cross_entropy, student, teacher, amp_dtype)
     photometry = loader.apply_photometry
     if compiled:
         ibot_loss.compile()
         photometry = torch.compile(photometry, dynamic=False)
-    if args.patch_match != "self":
-        cross_entropy = torch.compile(patch_cross_entropy) if compiled else patch_cross_entropy
-        variants.match(ibot_loss, args.patch_match, cross_entropy, student.head.last_layer2, teacher.head.last_layer2,
-                       amp_dtype)
     optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     training = Training(ddp_student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, scaler, amp_dtype)

@@ -196,12 +196,20 @@ def targets(teacher_outputs, student_outputs, batch, weight, ibot_loss):
     return cls[:rows], patches, mean
 
 
-def match(ibot_loss, how, cross_entropy, student_layer, teacher_layer, amp_dtype):
-    """Let `ibot_loss` take bottlenecks of patches, which are many, and apply the last layers to a few at a time."""
-    def of_piece(student, teacher, *args, **kwargs):
+def choose(ibot_loss, args, tokenizer, patch_cross_entropy, student, teacher, amp_dtype):
+    """Set up an `iBOTLoss` as the flags say; before it is compiled. patch_cross_entropy: of the logits of its rows."""
+    ibot_loss.sinkhorn, ibot_loss.koleo = args.centering == "sinkhorn", args.koleo
+    if tokenizer is not None:
+        ibot_loss.use_tokens(tokenizer.tokens)
+    if args.patch_match == "self":
+        return
+    student_layer, teacher_layer = student.head.last_layer2, teacher.head.last_layer2
+
+    def of_bottlenecks(student, teacher, *args, **kwargs):
         with torch.autocast(student.device.type, amp_dtype, enabled=amp_dtype is not None):
             student, teacher = student_layer(student), teacher_layer(teacher).detach()
-        return cross_entropy(student, teacher, *args, **kwargs)
+        return patch_cross_entropy(student, teacher, *args, **kwargs)
 
-    ibot_loss.match, ibot_loss.teacher_logits = how, teacher_layer.forward
-    ibot_loss.patch_cross_entropy = utils.in_pieces(of_piece, size=512 * 256)
+    # Not through the wrapper: all patches have a target, and their logits exist for a few at a time.
+    ibot_loss.match, ibot_loss.teacher_logits = args.patch_match, teacher_layer.forward
+    ibot_loss.patch_cross_entropy = utils.in_pieces(of_bottlenecks, size=512 * 256)

@@ -16,7 +16,9 @@ import engine
 import loader
 import main_ibot
 import models
+import tokenizers
 import utils
+import variants
 
 K = 8192
 
@@ -32,11 +34,12 @@ def step_parser(description):
     return parser
 
 
-def training_args(args, **flags):
-    """The flags of `main_ibot.py` for the network that is measured."""
+def training_args(args, more=(), **flags):
+    """The flags of `main_ibot.py` for the network that is measured; `more` of them as words."""
     words = ["--arch", args.arch, "--shared_head", "true", "--norm_last_layer", "false", "--local_crops_number",
              str(args.local_crops_number), "--pred_ratio", "0", "0.3", "--pred_ratio_var", "0", "0.2"]
-    return main_ibot.get_args_parser().parse_args(words + [f"--{name}={value}" for name, value in flags.items()])
+    words += [f"--{name}={value}" for name, value in flags.items()]
+    return main_ibot.get_args_parser().parse_args([*words, *more])
 
 
 def random_batches(args, device, count=8):
@@ -58,16 +61,21 @@ def random_batches(args, device, count=8):
 class Ours:
     """`main_ibot.train_step` with what `main_ibot.train_ibot` builds for it."""
 
-    def __init__(self, args, device, **flags):
-        self.args = training_args(args, **flags)
+    def __init__(self, args, device, more=(), **flags):
+        self.args = training_args(args, more, **flags)
         self.device = device
-        self.student, self.teacher = (network.to(device) for network in main_ibot.build_networks(self.args))
-        self.ema = utils.ema_pairs(self.student, self.teacher)
-        temps = np.full(1, 0.04)
-        self.loss = main_ibot.iBOTLoss(self.args.out_dim, self.args.out_dim, temps, temps).to(device)
-        self.optimizer = utils.build_optimizer("adamw", utils.get_params_groups(self.student), device)
         amp = args.amp_dtype != "none"
         self.amp_dtype = engine.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
+        self.tokenizer = tokenizers.build(self.args, device, self.amp_dtype)
+        networks = main_ibot.build_networks(self.args, self.tokenizer and self.tokenizer.tokens)
+        self.student, self.teacher = (network.to(device) for network in networks)
+        self.ema = utils.ema_pairs(self.student, self.teacher)
+        temps = np.full(1, 0.04)
+        self.loss = main_ibot.iBOTLoss(self.args.out_dim, self.args.out_dim, temps, temps, lambda1=self.args.lambda1,
+                                       lambda2=self.args.lambda2).to(device)
+        variants.choose(self.loss, self.args, self.tokenizer, main_ibot.patch_cross_entropy, self.student, self.teacher,
+                        self.amp_dtype)
+        self.optimizer = utils.build_optimizer("adamw", utils.get_params_groups(self.student), device)
         self.scaler = torch.amp.GradScaler(device.type) if self.amp_dtype == torch.float16 else None
         recompute = models.choose_recompute(self.args.recompute, self.args.grad_checkpointing, args.compile)
         for network in (self.student, self.teacher):

@@ -61,11 +61,7 @@ def setup(args, folder):
     for p in (*student.parameters(), *teacher.parameters()):
         p.data += 0.05 * torch.randn_like(p)
     ibot_loss = main_ibot.iBOTLoss(K, K, [0.05], [0.06], lambda1=args.lambda1).double()
-    if tokenizer:
-        ibot_loss.use_tokens(tokenizer.tokens)
-    if args.patch_match != "self":
-        variants.match(ibot_loss, args.patch_match, main_ibot.patch_cross_entropy, student.head.last_layer2,
-                       teacher.head.last_layer2, None)
+    variants.choose(ibot_loss, args, tokenizer, main_ibot.patch_cross_entropy, student, teacher, None)
     return student, teacher, ibot_loss, tokenizer, [dataset[i] for i in range(len(dataset))]
 
 
