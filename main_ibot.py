@@ -220,7 +220,7 @@ class iBOTLoss(nn.Module):  # noqa: N801 - the reference's name
         self.student_patch_temp, self.patch_centering = 1.0, False
 
     def compile(self):
-        """Compile the two cross-entropies; no copy of the logits then reaches memory. With `match` there are few at a time."""
+        """Compile the two cross-entropies; no copy of the logits then reaches memory (`match` has few at a time)."""
         self.cls_cross_entropy = torch.compile(cls_cross_entropy)
         if not self.match:
             self.patch_cross_entropy = torch.compile(patch_cross_entropy)

@@ -151,9 +151,9 @@ def measure_table(args):
     rows = {}
     centroids = out / "centroids.safetensors"
     if not centroids.exists():
+        flags = "--clusters 256 --patch_size 4 --image_size 16 --subset 1 --num_workers 0 --device cpu".split()
         subprocess.run([sys.executable, "analysis/patch_clusters.py", "--data_path", data_path / "train", "--out", centroids,
-                        "--clusters", "256", "--patch_size", "4", "--image_size", "16", "--subset", "1", "--num_workers", "0",
-                        "--device", "cpu"], cwd=ROOT, check=True, capture_output=True)
+                        *flags], cwd=ROOT, check=True, capture_output=True)
     for seed in args.seeds:
         for name, words in VARIANTS.items():
             if name not in args.only and args.only:
@@ -167,7 +167,7 @@ def measure_table(args):
             rows.setdefault(name, []).append((json.loads(kept.read_text()), losses))
             print(f"seed {seed}, {name}: 10-NN [CLS], patches {rows[name][-1][0]}, losses {losses}", file=sys.stderr,
                   flush=True)
-    print(f"Digits, {args.epochs} epochs, seeds {' '.join(map(str, args.seeds))}; 10-NN accuracy of the teacher in percent: "
+    print(f"Digits, {args.epochs} epochs, seeds {' '.join(map(str, args.seeds))}; 10-NN of the teacher in percent, of "
           "each seed, then mean ± standard deviation; a toy\n")
     print("| variant | [CLS] | mean | patches | mean | patch loss |\n|---|---|---|---|---|---|")
     for name, found in rows.items():
