@@ -33,7 +33,7 @@ from evaluation.common.knn import knn_classify, topk_accuracy
 ROOT = Path(__file__).resolve().parents[1]
 UNMASKED = ["--use_masked_im_modeling", "false"]
 ONE_CROP = ["--lambda1", "0", "--koleo", "0", "--global_crops_number", "1", "--local_crops_number", "0"]
-# What differs from iBOT; {dino} and {centroids} are files made before. `step` leaves out what only the table needs.
+# What differs from iBOT; {dino} and {centroids} are files made before.
 VARIANTS = {
     "iBOT": [],
     "DINO": ["--lambda2", "0", *UNMASKED],
@@ -98,7 +98,8 @@ def measure_steps(args):
             if name not in args.only and args.only:
                 continue
             words = [word.format(centroids=folder / "centroids.safetensors", dino=folder / "dino.pth") for word in words]
-            ours = Ours(args, device, ["--num_workers", "0", "--pred_ratio", "0.3", "--pred_ratio_var", "0", *words])
+            ours = Ours(args, device, ["--num_workers", "0", "--pred_ratio", "0.3", "--pred_ratio_var", "0", *words,
+                                       "--global_crops_number", "2"])  # the same for all
             steps[name], batches[name] = ours, batches_of(args, ours, folder, device)
         seconds = {name: [] for name in steps}
         for i in range(-1, args.steps):
@@ -152,8 +153,8 @@ def measure_table(args):
     centroids = out / "centroids.safetensors"
     if not centroids.exists():
         flags = "--clusters 256 --patch_size 4 --image_size 16 --subset 1 --num_workers 0 --device cpu".split()
-        subprocess.run([sys.executable, "analysis/patch_clusters.py", "--data_path", data_path / "train", "--out", centroids,
-                        *flags], cwd=ROOT, check=True, capture_output=True)
+        command = [sys.executable, "analysis/patch_clusters.py", "--data_path", data_path / "train", "--out", centroids]
+        subprocess.run([*command, *flags], cwd=ROOT, check=True, capture_output=True)
     for seed in args.seeds:
         for name, words in VARIANTS.items():
             if name not in args.only and args.only:
@@ -188,7 +189,7 @@ def main():
         command.add_argument("--only", nargs="+", default=[], choices=VARIANTS, metavar="NAME", help="variants to measure")
     steps.add_argument("--arch", default="vit_small")
     steps.add_argument("--batch", type=int, default=2)
-    steps.add_argument("--local_crops_number", type=int, default=2)
+    steps.add_argument("--local_crops_number", type=int, default=0)
     steps.add_argument("--steps", type=int, default=5)
     steps.add_argument("--device", default="cpu")
     steps.add_argument("--amp_dtype", default="none", choices=("none", "bfloat16", "float16"))
