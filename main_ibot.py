@@ -307,10 +307,10 @@ def build_networks(args, tokens=None):
     return student, teacher
 
 
-def flops_per_image(args, tokenizer=None):
-    """`models.flops_per_step` for an image of the flags' crops and masks, without a tokenizer's; no memory is taken."""
+def flops_per_image(args):
+    """`models.flops_per_step` for an image of the flags' crops and masks; no memory is taken."""
     with torch.device("meta"):
-        networks = build_networks(args, tokenizer and tokenizer.tokens)
+        networks = build_networks(args)
     cells, B = args.global_crops_size // models.mask_cell(args.arch, args.patch_size), args.batch_size_per_gpu
     masked = float(np.mean(args.pred_ratio)) * bool(args.lambda2)
     local_crops = args.local_crops_number * bool(args.lambda1)
@@ -436,7 +436,7 @@ def pretrain(args, run):
     run.start(dataset)
     run.schedules = {"lr": schedules["lr"], "wd": schedules["wd"]}
     peak = engine.peak_flops(device, amp_dtype)
-    run.seconds_per_image = flops_per_image(args, tokenizer) / peak if peak else None
+    run.seconds_per_image = flops_per_image(args) / peak if peak and variants.is_plain(args) else None
     if run.is_main:
         if not run.path:
             pictures.write_crops(dataset, islice(sampler, 6), args.use_masked_im_modeling, run.folder)

@@ -104,6 +104,11 @@ def check(args):
          f"--mask_crops all: --local_crops_size {args.local_crops_size} is not a multiple of {cell}, a cell of the mask")
 
 
+def is_plain(args):
+    """Whether the step computes what iBOT's does, as `main_ibot.flops_per_image` counts it."""
+    return (args.tokenizer, args.patch_match, args.mask_crops) == ("online", "self", "global")
+
+
 def choose_cells(dataset, args, tokenizer):
     """Let a `loader.ImageFolderMask` choose cells and their targets as the flags say."""
     dataset.mask_crops, dataset.one_ratio = args.mask_crops, args.pred_ratio_per == "image"
