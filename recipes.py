@@ -10,7 +10,7 @@ import argparse
 import difflib
 from typing import NamedTuple
 
-from engine import InputError
+from engine import InputError, printable
 
 
 class Recipe(NamedTuple):
@@ -46,6 +46,7 @@ DINO = "--lambda2 0 --use_masked_im_modeling false --out_dim 65536"
 TOKENS = "--lambda1 0 --global_crops_number 1"
 BEIT = f"{TOKENS} --tokenizer file --augmentation beit --pred_ratio 0.3827"
 SEPARATE = "--shared_head false --shared_head_teacher false"
+TWO_HEADS = "--shared_head false --head_sharing"
 FIGURE_8 = (f"{SMALL} --epochs 100 {COMMON} --pred_ratio 0.3 --pred_ratio_var 0 --local_crops_number 10 "
             "--global_crops_scale 0.4 1 --local_crops_scale 0.05 0.4")
 
@@ -54,7 +55,7 @@ AS_SMALL = "open: crops, temperatures, last layer (as ViT-S/16)"
 IN_22K = f"{AS_SMALL}. --data_path names ImageNet-22K; the authors' files hold the student"
 CROPS = "open: areas of crops (0.14 to 1), [CLS] temperature (to 0.07), last layer (free)"
 DINO_K = "open: K (DINO's 65,536), optimiser (iBOT's)"
-MARKS = "the table's marks are lost: read from the text"
+MARKS = "the table's marks: inferred from the text"
 BEIT_OPEN = "open: all settings (ViT-S and optimiser as iBOT's, one crop, 75 masked patches). --tokenizer_file: of DALL-E"
 ONE_CROP = "open: crops (one), masks and augmentation (iBOT's)"
 FED = "open: which head of the student's the teacher follows ([CLS]'s)"
@@ -63,40 +64,40 @@ FIG_8 = "open: areas of crops (global from 0.4), local crops (10), mask ratio (0
 
 RECIPES = {
     # ---- the paper's networks
-    "vit_s16_800ep": Recipe(f"{SMALL} --epochs 800 {MULTI_CROP}", "Tables 1, 2, 19", "ViT-S/16", 75.2, 77.9, 82.3,
+    "vit_s16_800ep": Recipe(f"{SMALL} --epochs 800 {MULTI_CROP}", "Tables 1, 2, 19", "iBOT", 75.2, 77.9, 82.3,
                             "the text splits areas of crops at 0.32, the authors' command at 0.25"),
-    "swin_t7_300ep": Recipe(f"{SWIN} --window_size 7", "Table 1", "Swin-T/7", 75.3, 78.6, batch=1040),
-    "swin_t14_300ep": Recipe(f"{SWIN} --window_size 14", "Table 1", "Swin-T/14", 76.2, 79.3, batch=1040),
-    "vit_b16_400ep": Recipe(f"--arch vit_base --patch_size 16 --epochs 400 {MULTI_CROP}", "Tables 1, 2", "ViT-B/16",
+    "swin_t7_300ep": Recipe(f"{SWIN} --window_size 7", "Table 1", "iBOT", 75.3, 78.6, batch=1040),
+    "swin_t14_300ep": Recipe(f"{SWIN} --window_size 14", "Table 1", "iBOT", 76.2, 79.3, batch=1040),
+    "vit_b16_400ep": Recipe(f"--arch vit_base --patch_size 16 --epochs 400 {MULTI_CROP}", "Tables 1, 2", "iBOT",
                             77.1, 79.5, 84.0, f"{AS_SMALL}. Table 10: 76.8, 79.4"),
     "vit_b16_400ep_rand": Recipe(f"--arch vit_base --patch_size 16 --epochs 400 {MULTI_CROP} --pred_shape rand",
-                                 "the authors' repository", "ViT-B/16, random masks", 77.3, 79.8, 84.1,
+                                 "the authors' repository", "iBOT, random masks", 77.3, 79.8, 84.1,
                                  f"{AS_SMALL}; mask ratio (the same)"),
-    "vit_l16_250ep": Recipe(f"--arch vit_large --patch_size 16 --epochs 250 {MULTI_CROP}", "Tables 1, 2", "ViT-L/16",
+    "vit_l16_250ep": Recipe(f"--arch vit_large --patch_size 16 --epochs 250 {MULTI_CROP}", "Tables 1, 2", "iBOT",
                             78.0, 81.0, 84.8, f"{AS_SMALL}. Tables 1, 15: 300 epochs"),
     "vit_l16_250ep_rand": Recipe(f"--arch vit_large --patch_size 16 --epochs 250 {MULTI_CROP} --pred_shape rand",
-                                 "the authors' repository", "ViT-L/16, random masks", 77.7, 81.3, 85.0,
+                                 "the authors' repository", "iBOT, random masks", 77.7, 81.3, 85.0,
                                  f"{AS_SMALL}; mask ratio (the same)"),
-    "in22k_vit_s16_160ep": Recipe(f"{SMALL} --epochs 160 {MULTI_CROP}", "Table 15", "ViT-S/16, ImageNet-22K",
+    "in22k_vit_s16_160ep": Recipe(f"{SMALL} --epochs 160 {MULTI_CROP}", "Table 15", "iBOT, ImageNet-22K",
                                   69.3, 76.5, note=IN_22K),
     "in22k_vit_b16_80ep": Recipe(f"--arch vit_base --patch_size 16 --epochs 80 {MULTI_CROP}", "Tables 3, 15",
-                                 "ViT-B/16, ImageNet-22K", 71.1, 79.0, 84.4, IN_22K),
+                                 "iBOT, ImageNet-22K", 71.1, 79.0, 84.4, IN_22K),
     "in22k_vit_l16_50ep": Recipe(f"--arch vit_large --patch_size 16 --epochs 50 {MULTI_CROP}", "Tables 1, 3, 15",
-                                 "ViT-L/16, ImageNet-22K", 72.9, 82.3, 86.6, IN_22K),
+                                 "iBOT, ImageNet-22K", 72.9, 82.3, 86.6, IN_22K),
     "table5_k1000": Recipe(f"{SMALL} --epochs 800 {MULTI_CROP} --out_dim 1000", "Table 5",
-                           "1000 outputs, for unsupervised classification", note="open: all but K (as vit_s16_800ep)"),
-    "dino_vit_s16_800ep": Recipe(f"{SMALL} --epochs 800 {MULTI_CROP} {DINO}", "Tables 1, 2, 19", "DINO, ViT-S/16",
+                           "iBOT, 1000 outputs for unsupervised classification", note="open: all but K (as vit_s16_800ep)"),
+    "dino_vit_s16_800ep": Recipe(f"{SMALL} --epochs 800 {MULTI_CROP} {DINO}", "Tables 1, 2, 19", "DINO",
                                  74.5, 77.0, 82.0, f"{DINO_K}, crops (iBOT's)"),
     "dino_vit_b16_400ep": Recipe(f"--arch vit_base --patch_size 16 --epochs 400 {MULTI_CROP} {DINO}", "Tables 1, 2",
-                                 "DINO, ViT-B/16", 76.1, 78.2, 83.6, f"{DINO_K}, crops (iBOT's)"),
+                                 "DINO", 76.1, 78.2, 83.6, f"{DINO_K}, crops (iBOT's)"),
     # ---- Tables 10 and 19: crops and epochs
-    "vit_s16_300ep": Recipe(f"{SMALL} --epochs 300 {MULTI_CROP}", "Table 19", "ten local crops", linear=77.4),
-    "vit_s16_300ep_2crops": Recipe(f"{ABLATION} {VARIED}", "Tables 19, 20", "two crops", 70.3, 74.8, 81.5,
+    "vit_s16_300ep": Recipe(f"{SMALL} --epochs 300 {MULTI_CROP}", "Table 19", "iBOT, ten local crops", linear=77.4),
+    "vit_s16_300ep_2crops": Recipe(f"{ABLATION} {VARIED}", "Tables 19, 20", "iBOT, two crops", 70.3, 74.8, 81.5,
                                    f"{CROPS}, mask ratio (0.3 ± 0.2)"),
-    "vit_s16_800ep_2crops": Recipe(f"{ABLATION} {VARIED} --epochs 800", "Tables 10, 19", "two crops", 72.4, 76.2, 82.0,
-                                   f"{CROPS}, mask ratio (0.3 ± 0.2)"),
+    "vit_s16_800ep_2crops": Recipe(f"{ABLATION} {VARIED} --epochs 800", "Tables 10, 19", "iBOT, two crops", 72.4, 76.2,
+                                   82.0, f"{CROPS}, mask ratio (0.3 ± 0.2)"),
     "vit_b16_400ep_2crops": Recipe(f"--arch vit_base --patch_size 16 --epochs 400 {TWO_CROPS} {VARIED}", "Table 10",
-                                   "two crops", 71.2, 76.0, note=f"{CROPS}, mask ratio (0.3 ± 0.2)"),
+                                   "iBOT, two crops", 71.2, 76.0, note=f"{CROPS}, mask ratio (0.3 ± 0.2)"),
     "dino_vit_s16_300ep": Recipe(f"{SMALL} --epochs 300 {MULTI_CROP} {DINO}", "Table 19", "DINO, ten local crops",
                                  linear=76.2, note=f"{DINO_K}, crops (iBOT's)"),
     "dino_vit_s16_800ep_2crops": Recipe(f"{ABLATION} {DINO} --epochs 800", "Tables 10, 19", "DINO, two crops",
@@ -108,7 +109,7 @@ RECIPES = {
     "table19_beit_800ep": Recipe(f"{ABLATION} {BEIT} --epochs 800", "Table 19", "BEiT", linear=24.2, finetuned=81.4,
                                  note=BEIT_OPEN),
     # ---- Table 9: what the patches predict, with and without [CLS] loss
-    "table9_ibot": Recipe(ABLATION, "Tables 9, 17, 18, Appendix E", "iBOT: the cell that the ablations refer to",
+    "table9_ibot": Recipe(ABLATION, "Tables 9, 17, 18, Appendix E", "iBOT, to which the ablations refer",
                           69.1, 74.2, 81.5, CROPS),
     "table9_separate_heads": Recipe(f"{ABLATION} {SEPARATE}", "Table 9", "heads not shared", 69.0, 73.8, 81.5,
                                     "open: which layers (the last, as in the code)"),
@@ -121,14 +122,14 @@ RECIPES = {
     "table9_beit_dino": Recipe(f"{ABLATION} --tokenizer file", "Table 9", "BEiT and DINO", 48.0, 62.7, 81.2,
                                "open: weights (1:1), augmentation and masks (iBOT's). --tokenizer_file: of DALL-E"),
     # ---- Table 17: head sharing; table9_ibot is its last column
-    "table17_vanilla": Recipe(f"{ABLATION} {SEPARATE} --head_sharing full --head_sharing_teacher full", "Table 17",
+    "table17_vanilla": Recipe(f"{ABLATION} {TWO_HEADS} full --head_sharing_teacher full", "Table 17",
                               "two whole heads", 68.9, 73.9),
-    "table17_shared_2layers": Recipe(f"{ABLATION} {SEPARATE} --head_sharing mlp2 --head_sharing_teacher mlp2", "Table 17",
-                                     "first two layers common", 68.0, 73.7, note=MARKS),
-    "table17_semi_2layers": Recipe(f"{ABLATION} --shared_head false --head_sharing mlp2", "Table 17",
+    "table17_shared_2layers": Recipe(f"{ABLATION} {TWO_HEADS} mlp2 --head_sharing_teacher mlp2",
+                                     "Table 17", "first two layers common", 68.0, 73.7, note=MARKS),
+    "table17_semi_2layers": Recipe(f"{ABLATION} {TWO_HEADS} mlp2 --head_sharing_teacher shared", "Table 17",
                                    "student: first two layers common; teacher: one head", 68.4, 73.7,
                                    note=f"{MARKS}; {FED}"),
-    "table17_semi": Recipe(f"{ABLATION} --shared_head false --head_sharing full", "Table 17",
+    "table17_semi": Recipe(f"{ABLATION} {TWO_HEADS} full --head_sharing_teacher shared", "Table 17",
                            "student: two heads; teacher: one", 68.4, 73.8,
                            note=FED),
     # ---- Table 18: targets of patches; table9_ibot and table9_dino are its last rows
@@ -225,20 +226,35 @@ def differing(args, name):
     return {flag: shown(args.get(flag)) for flag, words in flags_of(name).items() if shown(args.get(flag)) != words}
 
 
+def listed(flags):
+    """What `flags_of` and `differing` give as words of a command line."""
+    return " ".join(f"--{flag} {' '.join(words)}" for flag, words in flags.items())
+
+
+def as_settings(stored, epoch):
+    """{"recipe", "recipe_otherwise"} for results.json, from what a checkpoint says: its args by name, and its epoch.
+
+    The second is empty if the run was the recipe's and is finished. Empty if it names none.
+    """
+    name = stored.get("recipe")
+    if not isinstance(name, str) or name not in RECIPES:
+        return {}
+    otherwise = [listed(differing(stored, name))]
+    if epoch != stored.get("epochs"):
+        otherwise.append(f"after {epoch} epochs")
+    return {"recipe": name, "recipe_otherwise": printable(", ".join(filter(None, otherwise)), 300)}
+
+
 def notes(args, total_batch):
     """Lines about the recipe of a run's `args`, if there is one: flags, those that are otherwise here, what is open."""
     if args.recipe is None:
         return []
-
-    def listed(flags):
-        return " ".join(f"--{flag} {' '.join(words)}" for flag, words in flags.items())
-
     recipe, otherwise = RECIPES[args.recipe], differing(vars(args), args.recipe)
     kept = {flag: words for flag, words in flags_of(args.recipe).items() if flag not in otherwise}
     lines = [f"recipe {args.recipe} ({recipe.source}; {recipe.what}): {listed(kept)}"
              + (f"; otherwise here: {listed(otherwise)}" if otherwise else "")]
     if recipe.note:
-        lines.append(f"recipe: {recipe.note}")
+        lines.append(f"note on the recipe: {recipe.note}")
     if total_batch != recipe.batch:
         lines.append(f"warning: the recipe's total batch is {recipe.batch}, here it is {total_batch}: see "
                      "--batch_size_per_gpu and --accum_iter")

@@ -14,6 +14,13 @@ PENDING = {"tokenizer", "tokenizer_file", "patch_match", "mask_crops", "pred_rat
            "head_sharing_teacher"}
 
 
+def row_of(name):
+    """The row of docs/ablations.md."""
+    row = recipes.RECIPES[name]
+    numbers = " | ".join(f"{value:.1f}" if value else "–" for value in (row.knn, row.linear, row.finetuned))
+    return f"| `{name}` | {row.what} | {numbers} | {row.note or '–'} |"
+
+
 def parse(*words):
     return main_ibot.get_args_parser().parse_args(recipes.expand(list(words)))
 
@@ -42,6 +49,10 @@ def test_given_flags_count_wherever_they_stand():
     line, split, batch = recipes.notes(args, 64)
     assert line.endswith("; otherwise here: --epochs 100 --pred_ratio 0.4") and "--out_dim 8192" in line
     assert "0.32" in split and "total batch is 1024, here it is 64" in batch
+    assert recipes.as_settings(vars(args), 40) == {
+        "recipe": "vit_s16_800ep", "recipe_otherwise": "--epochs 100 --pred_ratio 0.4, after 40 epochs"}
+    assert recipes.as_settings(vars(parse("--recipe", "vit_s16_800ep")), 800)["recipe_otherwise"] == ""
+    assert recipes.as_settings({}, 3) == recipes.as_settings({"recipe": ["x"]}, 3) == {}
     assert parse("--epochs", "3").recipe is None and recipes.notes(parse(), 64) == []
 
 
@@ -77,3 +88,17 @@ def test_what_differs_between_neighbours():
     assert difference("fig8_e", "fig8_c") == {"local_crops_scale"}
     assert recipes.flags_of("ratio_0.5")["lambda2"] == ["2"] and recipes.flags_of("ratio_2")["lambda2"] == ["0.5"]
     assert recipes.flags_of("area_b16_0.32")["local_crops_scale"] == ["0.05", "0.32"]
+
+
+def test_pages_have_every_recipe_with_its_numbers():
+    page, readme = (ROOT / "docs/ablations.md").read_text().splitlines(), (ROOT / "README.md").read_text()
+    found = {name: numbers.split(" | ") for name, numbers in re.findall(
+        r"^\| `(\w+)` \|.*\| ((?:[\d.]+|–) \| (?:[\d.]+|–) \| (?:[\d.]+|–))(?: \(.*\))? \|$", readme, re.MULTILINE)}
+    assert len(found) == 10
+    for name, row in recipes.RECIPES.items():
+        if name in found:
+            assert found[name] == [f"{value:.1f}" if value else "–" for value in (row.knn, row.linear, row.finetuned)]
+        assert page.count(row_of(name)) == (name not in found), f"docs/ablations.md lacks the line:\n{row_of(name)}"
+    assert sum(line.startswith("| `") for line in page) == len(recipes.RECIPES) - len(found)
+    named = set(re.findall(r"--recipe ([a-z]\w*)", readme + "\n".join(page)))
+    assert named - recipes.RECIPES.keys() <= {"list"}
