@@ -143,7 +143,7 @@ RECIPES = {
             67.8, 72.9, "; open: temperature (the student's, 0.1)"),
            ("centred_hard", "--patch_targets hard", "arg-max, centred", 68.1, 73.3, ""))},
     # ---- Table 20: what tokenizes a patch; vit_s16_300ep_2crops and table9_dino_tokens are its last rows
-    "table20_mpp": Recipe(f"{ABLATION} {TOKENS} --tokenizer mpp --patch_out_dim 512", "Table 20", "mean colours, 3 bits",
+    "table20_mpp": Recipe(f"{ABLATION} {TOKENS} --tokenizer mpp", "Table 20", "mean colours, 3 bits",
                           16.4, 37.2, 80.8, ONE_CROP),
     "table20_kmeans": Recipe(f"{ABLATION} {TOKENS} --tokenizer kmeans", "Table 20", "4096 clusters of patches", 19.2, 40.1,
                              81.3, f"{ONE_CROP}, details of k-means. --tokenizer_file: centroids"),
