@@ -44,7 +44,7 @@ VARIED = "--pred_ratio_var 0.2"
 DINO = "--lambda2 0 --use_masked_im_modeling false --out_dim 65536"
 # Fixed tokens, with neither [CLS] loss nor second crop (Appendix F).
 TOKENS = "--lambda1 0 --global_crops_number 1"
-BEIT = f"{TOKENS} --tokenizer file --augmentation beit --pred_ratio 0.3827"
+BEIT = f"{TOKENS} --tokenizer file --augment beit --global_crops_scale 0.08 1 --pred_ratio 0.3827"  # of 196 patches 75
 SEPARATE = "--shared_head false --shared_head_teacher false"
 TWO_HEADS = "--shared_head false --head_sharing"
 FIGURE_8 = (f"{SMALL} --epochs 100 {COMMON} --pred_ratio 0.3 --pred_ratio_var 0 --local_crops_number 10 "
@@ -146,7 +146,7 @@ RECIPES = {
     "table20_mpp": Recipe(f"{ABLATION} {TOKENS} --tokenizer mpp", "Table 20", "mean colours, 3 bits",
                           16.4, 37.2, 80.8, ONE_CROP),
     "table20_kmeans": Recipe(f"{ABLATION} {TOKENS} --tokenizer kmeans", "Table 20", "4096 clusters of patches", 19.2, 40.1,
-                             81.3, f"{ONE_CROP}, details of k-means. --tokenizer_file: centroids"),
+                             81.3, f"{ONE_CROP}, details of k-means. --tokenizer_file: of analysis/patch_clusters.py"),
     "table20_beit": Recipe(f"{ABLATION} {BEIT}", "Table 20", "BEiT", 6.9, 24.2, 81.4, f"{BEIT_OPEN}. As table9_beit"),
     # ---- Appendix E
     "dense_position": Recipe(f"{ABLATION} --use_masked_im_modeling false --patch_match position", "Appendix E, dense",
