@@ -12,6 +12,7 @@ M masked patches of the batch, K outputs of the head, W processes.
 """
 import argparse
 import math
+import sys
 import time
 from contextlib import nullcontext
 from itertools import islice
@@ -28,6 +29,7 @@ import engine
 import loader
 import models
 import pictures
+import recipes
 import tokenizers
 import utils
 import variants
@@ -40,7 +42,10 @@ PROGRESS = {"labels": torch.zeros(0, dtype=torch.int64), "clusters": torch.zeros
 
 
 def get_args_parser():
-    """All flags with the reference's names and defaults; use it with `parents=[get_args_parser()]`."""
+    """All flags with the reference's names and defaults; use it with `parents=[get_args_parser()]`.
+
+    --recipe has its effect by `recipes.expand`, of the words that are then parsed.
+    """
     parser = argparse.ArgumentParser("iBOT", add_help=False, allow_abbrev=False)
     flag = engine.bool_flag
 
@@ -115,6 +120,8 @@ def get_args_parser():
     augmentation.add_augment_flags(parser.add_argument_group("augmentation (docs/augmentation.md)"))
 
     run = parser.add_argument_group("run")
+    run.add_argument("--recipe", choices=recipes.RECIPES, metavar="NAME",
+                     help="the paper's run of that name: its flags, where others are not given; list: print all")
     run.add_argument("--output_dir", default=".", type=str)
     engine.add_run_flags(run)
     engine.add_device_flags(run)
@@ -448,7 +455,7 @@ def pretrain(args, run):
         print(f"crops of the first batch: {run.folder / pictures.CROPS}; pixels normalised with {pixel_stats}")
         print(f"total batch: {total_batch}; "
               f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
-        print("\n".join([*notes, run.where()]), flush=True)
+        print("\n".join([*recipes.notes(args, total_batch), *notes, run.where()]), flush=True)
 
     # ============ training ============
     start_time, seen = time.time(), {}
@@ -586,7 +593,7 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
 def main():
     parser = argparse.ArgumentParser("main_ibot.py", parents=[get_args_parser()], allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    train_ibot(parser.parse_args())
+    train_ibot(parser.parse_args(recipes.expand(sys.argv[1:])))
 
 
 if __name__ == "__main__":

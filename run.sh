@@ -9,7 +9,8 @@ usage: ./run.sh quickstart [flags]   pre-train a small ViT on handwritten digits
                                      PRETRAINED, and from random weights; the flags go to all four trainings
        ./run.sh test [flags]         run the tests; the flags go to pytest
        ./run.sh TYPE JOB_NAME ARCH KEY GPUS [flags]
-       ./run.sh report JOB_NAME      print the results of a job beside the paper's; write report.md with curves there
+       ./run.sh report JOB_NAME...   print the results of a job beside the paper's; write report.md with curves there; of
+                                     several jobs, draw their NMI and losses in one picture too
 
 TYPE      tasks joined with +, e.g. imagenet_pretrain+imagenet_knn+imagenet_linear:
             imagenet_pretrain      pre-train on data/imagenet/train
@@ -503,12 +504,16 @@ run_tasks() {
     done
 }
 
-# report JOB_NAME
+# report JOB_NAME [JOB_NAME...]
 report() {
-    [ $# = 1 ] || die "usage: ./run.sh report JOB_NAME"
-    local output=${OUTPUT_DIR:-${at}work_dirs/$1}
-    [ "${DRY_RUN:-0}" != 0 ] || [ -d "$output" ] || die "no folder $output with results; OUTPUT_DIR names another one"
-    run "$python" "${at}evaluation/report.py" --output_dir "$output"
+    [ $# -gt 0 ] || die "usage: ./run.sh report JOB_NAME [JOB_NAME...]"
+    [ $# = 1 ] || [ -z "${OUTPUT_DIR:-}" ] || die "OUTPUT_DIR names one folder: unset it for a report of $# jobs"
+    local job output=()
+    for job in "$@"; do output+=("${OUTPUT_DIR:-${at}work_dirs/$job}"); done
+    for job in "${output[@]}"; do
+        [ "${DRY_RUN:-0}" != 0 ] || [ -d "$job" ] || die "no folder $job with results; OUTPUT_DIR names another one"
+    done
+    run "$python" "${at}evaluation/report.py" --output_dir "${output[@]}"
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,6 +1,7 @@
 """The results of a job as a table beside the paper's, and report.md with curves from its logs.
 
     python evaluation/report.py --output_dir work_dirs/JOB_NAME   # or ./run.sh report JOB_NAME
+    python evaluation/report.py --output_dir work_dirs/{JOB1,JOB2}  # each, and their NMI and losses in one picture
 
 Of an evaluation that was repeated with the same settings, the last result counts. Reads results.json and the `log.txt` of
 pre-training, linear probes and fine-tuning; writes `report.md` and `pictures/*.png` beside them.
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import engine
 from evaluation.common.charts import draw_curves, loss_curves, numbers, read_log
 from evaluation.common.results import read_results
+from recipes import RECIPES, flags_of
 
 PROTOCOLS = {"knn": "k-NN", "linear": "linear, sweep", "linear_solo": "linear, one rate", "logistic": "logistic regression",
              "unsupervised": "clusters", "linear_part": "part-wise linear", "finetune": "fine-tuning",
@@ -33,27 +35,12 @@ PROTOCOLS |= {"retrieval_roxford5k": "Oxford retrieval", "retrieval_rparis6k": "
 TRAINED = ("linear", "linear_solo", "linear_part", "finetune", "semi_supervised",
            *(f"transfer_{name}" for name in TRANSFER))
 
-# The paper's top-1 accuracies on ImageNet-1K (iBOT, Tables 1, 2, 3, 9, 10, 15, 19; random masks: its repository): network,
-# patch (Swin: window), epochs, what is special, k-NN, linear, fine-tuned. Results stand beside a network's first row.
-PUBLISHED = (
-    ("vit_small", 16, 800, "", 75.2, 77.9, 82.3),
-    ("vit_small", 16, 300, "", None, 77.4, None),
-    ("vit_small", 16, 800, "two crops", 72.4, 76.2, 82.0),
-    ("vit_small", 16, 300, "two crops", 70.3, 74.8, 81.5),
-    ("vit_small", 16, 300, "two crops, mask ratio 0.3", 69.1, 74.2, 81.5),
-    ("vit_small", 16, 160, "pre-trained on ImageNet-22K", 69.3, 76.5, None),
-    ("vit_small", 16, None, "DINO", 74.5, 77.0, 82.0),
-    ("swin_tiny", 7, 300, "", 75.3, 78.6, None),
-    ("swin_tiny", 14, 300, "", 76.2, 79.3, None),
-    ("vit_base", 16, 400, "", 77.1, 79.5, 84.0),
-    ("vit_base", 16, 400, "random masks", 77.3, 79.8, 84.1),
-    ("vit_base", 16, 400, "two crops", 71.2, 76.0, None),
-    ("vit_base", 16, 80, "pre-trained on ImageNet-22K", 71.1, 79.0, 84.4),
-    ("vit_base", 16, None, "DINO", 76.1, 78.2, 83.6),
-    ("vit_large", 16, 250, "", 78.0, 81.0, 84.8),
-    ("vit_large", 16, 250, "random masks", 77.7, 81.3, 85.0),
-    ("vit_large", 16, 50, "pre-trained on ImageNet-22K", 72.9, 82.3, 86.6),
-)
+# Recipes whose numbers are shown for their network. The result of one whose pre-training names no recipe stands beside the
+# first row.
+SHOWN = ("vit_s16_800ep", "vit_s16_300ep", "vit_s16_800ep_2crops", "vit_s16_300ep_2crops", "table9_ibot",
+         "in22k_vit_s16_160ep", "dino_vit_s16_800ep", "swin_t7_300ep", "swin_t14_300ep", "vit_b16_400ep",
+         "vit_b16_400ep_rand", "vit_b16_400ep_2crops", "in22k_vit_b16_80ep", "dino_vit_b16_400ep", "vit_l16_250ep",
+         "vit_l16_250ep_rand", "in22k_vit_l16_50ep")
 # Objects in the videos of DAVIS 2017: network, patch, method, J&F, J, F in percent. ViT-S/16 as in Table 16, the others are
 # of DINO's paper (Caron et al., 2021).
 PUBLISHED_VIDEO = (
@@ -142,11 +129,23 @@ def latest(records):
 
 
 def network(record):
-    """(architecture, patch or window size) as in PUBLISHED."""
+    """(architecture, patch or window size) as in the tables of published numbers."""
     settings = record["settings"]
     arch = str(settings.get("arch")).replace("deit_", "vit_")
     size = settings.get("window_size" if arch.startswith("swin") else "patch_size")
     return arch, size if isinstance(size, int) else None
+
+
+def recipe_network(name):
+    """`network` of a recipe."""
+    (arch,), flags = flags_of(name)["arch"], flags_of(name)
+    return arch, int(flags["window_size" if arch.startswith("swin") else "patch_size"][0])
+
+
+def recipe_of(record):
+    """Name of the recipe that a record's network was pre-trained by, None where it names none."""
+    name = record["settings"].get("recipe")
+    return name if isinstance(name, str) and name in RECIPES else None
 
 
 def variants(record):
@@ -210,10 +209,11 @@ def paper(record):
         found = (PUBLISHED_FEW_LABELS.get(settings.get("finetune_head_layer")) if protocol == "semi_supervised"
                  else PUBLISHED_SUBSETS.get(protocol))
         return ({"top1": found[places[0]]} if places and found and which == ("vit_small", 16) else {}), compares
-    column = {"knn": 4, "linear": 5, "linear_solo": 5, "finetune": 6}.get(protocol)
+    column = {"knn": "knn", "linear": "linear", "linear_solo": "linear", "finetune": "finetuned"}.get(protocol)
     if protocol == "finetune" and settings.get("image_size", 224) != 224:
         return {}, False
-    value = next((row[column] for row in PUBLISHED if column and row[:2] == which), None)
+    name = recipe_of(record) or next((name for name in SHOWN if recipe_network(name) == which), None)
+    value = getattr(RECIPES[name], column) if name and column else None
     return ({} if value is None else {"top1": value}), compares and train == TRAIN_IMAGES
 
 
@@ -242,6 +242,7 @@ def result_tables(records, outdated):
     notes = {}
     for record, special, old in zip(records, differing(records), outdated, strict=True):
         known, compares = paper(record)
+        otherwise = record["settings"].get("recipe_otherwise") if recipe_of(record) else None
         digest = str(record["settings"].get("weights_hash", "-"))[:10]
         if old:
             digest += "*"
@@ -253,8 +254,11 @@ def result_tables(records, outdated):
             own = {text: known[text]} if text in known else known if reported else {}
             shown = [f"{name if len(own) > 1 else ''} {value:.1f}".strip() for name, value in own.items()]
             beside = ", ".join(shown) or "-"
+            if shown and otherwise:
+                notes[otherwise] = (f"( ) the paper's number is for the recipe {recipe_of(record)}, this network was "
+                                    f"pre-trained otherwise: {engine.printable(otherwise, 300)}")
+            beside = f"({beside})" if shown and (otherwise or not compares) else beside
             if shown and not compares:
-                beside = f"({beside})"
                 what = ("the whole data set and whole queries" if record["protocol"] in RETRIEVAL else
                         "all of COCO" if record["protocol"] == "coco" else
                         "all of ADE20K" if record["protocol"] in ADE_COLUMNS else "ImageNet-1K")
@@ -280,17 +284,20 @@ def video_table(records):
 
 
 def published_table(records):
-    """[header, rows...] of the paper's numbers for the networks of `records`."""
-    networks = list(dict.fromkeys(map(network, records)))
-    found = [row for which in networks for row in PUBLISHED if row[:2] == which]
+    """[header, rows...] of the paper's numbers for the networks of `records`, and of the ablations with their recipes."""
+    networks, named = list(dict.fromkeys(map(network, records))), {recipe_of(record) for record in records} - {None}
+    ablations = {name.split("_")[0] for name in named - set(SHOWN)}
+    names = [name for which in networks for name in SHOWN if recipe_network(name) == which]
+    names += [name for name in RECIPES if name in named or name.split("_")[0] in ablations]
+    found = [(name, RECIPES[name].what, *RECIPES[name][3:6]) for name in dict.fromkeys(names)]
     if ("vit_small", 16) in networks:
         for share, knn, linear, logistic in zip(("1 %", "10 %"), *(PUBLISHED_SUBSETS[name] for name in (
                 "knn", "linear", "logistic")), strict=True):
-            found.append(("vit_small", 16, 800, f"{share} of the labels (logistic regression {logistic})", knn, linear,
+            found.append(("vit_s16_800ep", f"{share} of the labels (logistic regression {logistic})", knn, linear,
                           PUBLISHED_FEW_LABELS[1][share == "10 %"]))
-    return [["network", "epochs", "", "k-NN", "linear", "fine-tuned"]] + [
-        [f"{arch}/{size}", str(epochs or "-"), what, *(f"{value:.1f}" if value else "-" for value in accuracies)]
-        for arch, size, epochs, what, *accuracies in found]
+    return [["network", "epochs", "recipe", "", "k-NN", "linear", "fine-tuned"]] + [
+        ["{}/{}".format(*recipe_network(name)), flags_of(name)["epochs"][0], name, what,
+         *(f"{value:.1f}" if value else "-" for value in accuracies)] for name, what, *accuracies in found]
 
 
 def retrieval_table(records):
@@ -340,6 +347,13 @@ def as_markdown(table):
 
 # ---------------------------------------------------------------- curves
 
+NMI = "NMI of the teacher's [CLS] clusters and the labels (Figure 8)"
+
+
+def nmi_curve(epochs):
+    return [(epoch, values["train_nmi"]) for epoch, values in epochs.items() if "train_nmi" in values]
+
+
 def curves(folder):
     """({name of a picture: (title, {name of a curve: [(epoch, value)]})}, notes) from the logs of the job in `folder`."""
     pictures, notes = {}, []
@@ -351,7 +365,9 @@ def curves(folder):
         return epochs
 
     if (folder / "log.txt").exists():
-        pictures["losses"] = "Losses of pre-training", loss_curves(read(folder / "log.txt"))
+        epochs = read(folder / "log.txt")
+        pictures["losses"] = "Losses of pre-training", loss_curves(epochs)
+        pictures["nmi"] = NMI, {"": nmi_curve(epochs)}
     for picture, title, kinds in (  # sub-folders of run.sh, with one per key
             ("linear", "Top-1 accuracy of linear probes in percent (of a sweep: the epoch's best head)",
              {kind: f", {PROTOCOLS[kind]}" for kind in ("linear", "linear_solo")}),
@@ -427,6 +443,35 @@ def report(output_dir):
     print("\n\n".join(parts), flush=True)
 
 
+def compare(folders):
+    """Reports of several jobs, and their NMI and losses in one picture each, in the first one's folder.
+
+    Raises InputError for a folder with neither results nor a log.
+    """
+    folders = list(dict.fromkeys(map(Path, folders)))
+    for folder in folders:
+        engine.need((folder / "results.json").exists() or (folder / "log.txt").exists(),
+                    f"{folder}: there is neither a results.json nor a log.txt of a job")
+    names = [folder.resolve().name for folder in folders]
+    nmi, losses = {}, {}
+    for folder, name in zip(folders, names, strict=True):
+        if read_results(folder):
+            report(folder)
+        else:
+            print(f"{folder}: no results of evaluations", flush=True)
+        print()
+        epochs = read_log(folder / "log.txt")[0] if (folder / "log.txt").exists() else {}
+        name = name if names.count(name) == 1 else str(folder)
+        nmi[name], losses[name] = nmi_curve(epochs), loss_curves(epochs)["total"]
+    for picture, title, series in (("jobs_nmi", NMI, nmi), ("jobs_loss", "Total loss of pre-training", losses)):
+        path = folders[0] / "pictures" / f"{picture}.png"
+        series = {name: points for name, points in series.items() if points}
+        if series:
+            path.parent.mkdir(exist_ok=True)
+            draw_curves(series, title, path)
+            print(f"written: {path}, of {engine.printable(', '.join(series), 200)}", flush=True)
+
+
 def settings_text(record):
     """Everything that a record says of how it came about, as a paragraph of Markdown."""
     def listed(values):
@@ -440,8 +485,12 @@ def settings_text(record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--output_dir", required=True, help="folder of the job")
-    report(parser.parse_args().output_dir)
+    parser.add_argument("--output_dir", required=True, nargs="+", help="folder of the job, or of several")
+    folders = parser.parse_args().output_dir
+    if len(folders) == 1:
+        report(folders[0])
+    else:
+        compare(folders)
 
 
 if __name__ == "__main__":

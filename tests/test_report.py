@@ -168,7 +168,7 @@ def test_results_beside_the_papers(tmp_path, capsys):
     assert kmeans[5] == "-"
     [regression] = rows(text, "logistic regression")
     assert regression[3:7] == ["lambda 0.1", "65.00", "80.00", "65.9"]
-    assert ["vit_small/16", "800", "", "75.2", "77.9", "82.3"] in rows(text, "vit_small/16")
+    assert ["vit_small/16", "800", "vit_s16_800ep", "iBOT", "75.2", "77.9", "82.3"] in rows(text, "vit_small/16")
     # The terminal shows the same numbers; what repeats is left out.
     for number in ("75.12  90.00  75.2", "77.75  93.50  77.9", "43.4, ari 32.8", "1 % of the labels"):
         assert number in printed
@@ -200,6 +200,23 @@ def test_which_number_of_the_paper(tmp_path, capsys, protocol, changed, shown):
     assert ("do not compare" in printed) == shown.startswith("(")
     assert ("The paper has no numbers" in text) == (changed.get("arch", "") in ("vit_nano", None) or "patch_size" in changed
                                                     and protocol == "knn")
+
+
+@pytest.mark.parametrize("protocol, changed, shown", [
+    ("knn", {"recipe": "table9_dino", "recipe_otherwise": ""}, "67.9"), ("finetune", {"recipe": "table9_dino"}, "80.6"),
+    ("linear", {"recipe": "table9_dino", "recipe_otherwise": "--epochs 2", "arch": "vit_nano"}, "(72.5)"),
+    ("knn", {"recipe": "vit_s16_300ep", "recipe_otherwise": ""}, "-"), ("knn", {"recipe": "foreign"}, "75.2"),
+    ("knn", {"recipe": "table9_dino", "val_images": 9}, "(67.9)"), ("knn", {"recipe": ["vit_s16_800ep"]}, "75.2")])
+def test_numbers_of_the_recipe(tmp_path, capsys, protocol, changed, shown):
+    """Where a network's pre-training names one, its row of the paper counts; its ablation is shown whole."""
+    record(tmp_path, protocol, LINEAR if protocol in report.TRAINED else KNN, **changed)
+    printed, text = run(tmp_path, capsys)
+    column = [row[6] for row in rows(text, "teacher")]
+    assert [cell for cell in column if cell != "-"] == ([] if shown == "-" else [shown])
+    assert ("pre-trained otherwise: --epochs 2" in printed) == (changed.get("recipe_otherwise") == "--epochs 2")
+    names = [row[2] for row in rows(text, "vit_small/16") if len(row) == 7]
+    assert names.count("table9_no_cls") == names.count("table9_dino") == (changed["recipe"] == "table9_dino")
+    assert ["vit_small/16", "300", "table9_ibot", "iBOT, to which the ablations refer", "69.1", "74.2", "81.5"] in rows(text, "300")
 
 
 def test_a_repeated_evaluation_replaces_the_older_one(tmp_path, capsys):
@@ -271,6 +288,29 @@ def test_curves(tmp_path, capsys):
     assert len(re.findall(r"!\[", text)) == 3
 
 
+def test_jobs_are_compared(tmp_path, capsys, monkeypatch):
+    """Each job's tables, and a line a job in the pictures; one without results or NMI is no mistake, one without both is."""
+    jobs = [tmp_path / name for name in ("a", "b", "other/a", "gone")]
+    for i, job in enumerate(jobs[:3]):
+        job.mkdir(parents=True)
+        lines = [{"epoch": e, "train_loss": 9 - e - i} | ({"train_nmi": 0.1 * e + 0.2 * i} if i < 2 else {}) for e in range(3)]
+        (job / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record(jobs[1])
+    drawn = {}
+    monkeypatch.setattr(report, "draw_curves", lambda series, title, path: drawn.update({path: series}) or charts.draw_curves(
+        series, title, path))
+    monkeypatch.setattr("sys.argv", ["report.py", "--output_dir", *map(str, jobs[:3]), str(jobs[0])])
+    report.main()
+    printed = capsys.readouterr().out
+    assert "75.2" in printed and printed.count("no results of evaluations") == 2 and (jobs[1] / "report.md").exists()
+    nmi, losses = drawn[jobs[0] / "pictures/jobs_nmi.png"], drawn[jobs[0] / "pictures/jobs_loss.png"]
+    assert nmi == {str(jobs[0]): [(e, pytest.approx(0.1 * e)) for e in range(3)], "b": [(e, pytest.approx(0.1 * e + 0.2)) for e in range(3)]}
+    assert losses == {name: [(e, 9 - e - i) for e in range(3)] for i, name in enumerate([str(jobs[0]), "b", str(jobs[2])])}
+    with pytest.raises(engine.InputError, match="gone: there is neither"):
+        report.compare([jobs[1], jobs[3]])
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("points", [
     [(0, 5.0)], [(0, 1e-12), (1, 2e-12)], [(0, 7.0), (400, 7.0)], [(0, -1e299), (1, 1e299)],
     [(e, 1000 + 1e-9 * e) for e in range(50)], [(3, 0), (4, 0)]])
@@ -320,14 +360,18 @@ def test_pretraining_evaluations_and_report(tmp_path, digits):
         return result.stdout
 
     flags = ("--patch_size 8 --global_crops_size 16 --out_dim 32 --head_hidden_dim 32 --shared_head true --epochs 1 "
-             "--warmup_epochs 0 --warmup_teacher_temp_epochs 0 --batch_size_per_gpu 20 --num_workers 0 --device cpu").split()
+             "--warmup_epochs 0 --warmup_teacher_temp_epochs 0 --batch_size_per_gpu 20 --num_workers 0 --device cpu "
+             "--recipe table9_ibot").split()
     printed = start("imagenet_pretrain+imagenet_knn+imagenet_linear", "job", "vit_nano", "teacher,student", "1", *flags)
+    assert "recipe table9_ibot (" in printed and "recipe's total batch is 1024, here it is 20" in printed
     for key in ("teacher", "student"):
         assert printed.count(f"features of imagefolder val: read from {job}/features/imagefolder_val_{key}_n1_avgpool0.pth") == 1
     assert printed.count("features of imagefolder val: 11/11") == 2
     records = read_results(job)
     assert [(record["protocol"], record["key"]) for record in records] == [
         ("knn", "teacher"), ("knn", "student"), ("linear", "teacher"), ("linear", "student")]
+    assert {(record["settings"]["recipe"], record["settings"]["recipe_otherwise"]) for record in records} == {(
+        "table9_ibot", "--arch vit_nano --patch_size 8 --epochs 1 --out_dim 32 --warmup_teacher_temp_epochs 0")}
     hashes = [record["settings"]["weights_hash"] for record in records]
     assert hashes[0] == hashes[2] != hashes[1] == hashes[3]
 
@@ -335,7 +379,9 @@ def test_pretraining_evaluations_and_report(tmp_path, digits):
     text = (job / "report.md").read_text()
     for record in records:
         assert f"{max(part['top1'] for part in record['metrics'].values()):.2f}" in printed
-    assert {(row[0], row[2]) for row in rows(text, "k = 10")} == {("teacher", "k-NN"), ("student", "k-NN")}
-    assert {path.name for path in (job / "pictures").iterdir()} == {"losses.png", "linear.png"}
+    assert {(row[0], row[2], row[6]) for row in rows(text, "k = 10")} <= {(key, "k-NN", paper) for key in ("teacher", "student")
+                                                                          for paper in ("-", "(69.1)")}
+    assert "(69.1)" in text and "(74.2)" in text and "75.2" not in "".join(sum(rows(text, "k-NN"), []))
+    assert {path.name for path in (job / "pictures").iterdir()} == {"losses.png", "nmi.png", "linear.png"}
     _, series = report.curves(job)[0]["linear"]
     assert {name: len(points) for name, points in series.items()} == {f"{key}, linear, sweep": 100 for key in ("teacher", "student")}

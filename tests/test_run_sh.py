@@ -320,8 +320,12 @@ def test_report(repository):
     [command] = commands(repository, "report", "job", OUTPUT_DIR="out")
     assert command[-1] == "out"
     assert "no folder work_dirs/job" in error(call(repository, "report", "job"))
-    for words in ([], ["a", "b"]):
-        assert "./run.sh report JOB_NAME" in error(call(repository, "report", *words))
+    assert "./run.sh report JOB_NAME" in error(call(repository, "report"))
+    [command] = commands(repository, "report", "a", "my job", "c")
+    assert command[2:] == ["--output_dir", "work_dirs/a", "work_dirs/my job", "work_dirs/c"]
+    (repository / "work_dirs/a").mkdir(parents=True)
+    assert "no folder work_dirs/b" in error(call(repository, "report", "a", "b"))
+    assert "OUTPUT_DIR names one folder" in error(call(repository, "report", "a", "b", OUTPUT_DIR="out"))
 
 
 def test_processes_per_node(repository):

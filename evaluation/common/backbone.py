@@ -2,13 +2,14 @@
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 import engine
 import models
+import recipes
 from images import IMAGENET, PixelStats, normalize, stored_pixel_stats
 
 RANDOM_SEED = 0  # the untrained baseline is one fixed network, the same in every process
@@ -20,7 +21,7 @@ class EvaluatedBackbone:
     """`model`: on the CPU, in evaluation mode, single precision, no gradients. Sizes in pixels (window: tokens).
 
     `key`: the checkpoint's entry that it came from. `weights_hash`: sha256 of its names and tensors (see `weights_hash`).
-    `pixel_stats`: what its images are normalised with.
+    `pixel_stats`: what its images are normalised with. `pretraining`: `recipes.as_settings` of the checkpoint.
     """
     model: torch.nn.Module
     key: str
@@ -30,6 +31,7 @@ class EvaluatedBackbone:
     window_size: int
     image_size: int
     pixel_stats: PixelStats = IMAGENET
+    pretraining: dict = field(default_factory=dict)
 
     @property
     def normalize(self):
@@ -95,7 +97,8 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     if engine.is_main_process():
         print(f"backbone {arch}, {sizes}, images of {image_size} pixels, normalised with {stats}: {source}", flush=True)
     model = model.float().eval().requires_grad_(False)
-    return EvaluatedBackbone(model, key, weights_hash(model), arch, patch_size, window_size, image_size, stats)
+    return EvaluatedBackbone(model, key, weights_hash(model), arch, patch_size, window_size, image_size, stats,
+                             {} if state is None else recipes.as_settings(stored, checkpoint.get("epoch")))
 
 
 def _shown(value):

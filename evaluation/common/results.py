@@ -21,7 +21,7 @@ def shared_settings(args, backbone, train, val):
             "n_last_blocks": args.n_last_blocks, "avgpool_patchtokens": args.avgpool_patchtokens,
             "dataset": args.dataset, "data_path": train.root, "train_subset": args.train_subset,
             "subset_seed": args.subset_seed, "train_images": len(train), "val_images": len(val),
-            **backbone.pixel_stats.as_settings()}
+            **backbone.pixel_stats.as_settings(), **backbone.pretraining}
 
 
 def read_results(output_dir):
