@@ -7,6 +7,8 @@ usage() {
 usage: ./run.sh quickstart [flags]   pre-train a small ViT on handwritten digits (minutes on a CPU) and evaluate it
        ./run.sh dense_demo [flags]   train detection and segmentation of drawn shapes from quickstart's network, or that of
                                      PRETRAINED, and from random weights; the flags go to all four trainings
+       ./run.sh plan [flags]         how long pre-training with these flags would take here, what limits it and what batch
+                                     fits; ten updates are tried, nothing is written; --devices N: of so many GPUs
        ./run.sh test [flags]         run the tests; the flags go to pytest
        ./run.sh TYPE JOB_NAME ARCH KEY GPUS [flags]
        ./run.sh report JOB_NAME...   print the results of a job beside the paper's; write report.md with curves there; of
@@ -545,6 +547,10 @@ case ${1-} in
         set -- -q -n 2 tests "$@"  # two at a time; -n 0 for debuggers
         quoted "$python" -m pytest "$@"
         [ "${DRY_RUN:-0}" != 0 ] || exec "$python" -m pytest "$@"
+        ;;
+    plan)
+        shift
+        run "$python" "${at}benchmarks/plan.py" "$@"
         ;;
     report)
         shift

@@ -58,14 +58,12 @@ def random_batches(args, device, count=8):
     return batches
 
 
-class Ours:
-    """`main_ibot.train_step` with what `main_ibot.train_ibot` builds for it."""
+class Step:
+    """`main_ibot.train_step` with what `main_ibot.train_ibot` builds for it, of its flags `args`."""
 
-    def __init__(self, args, device, more=(), **flags):
-        self.args = training_args(args, more, **flags)
-        self.device = device
-        amp = args.amp_dtype != "none"
-        self.amp_dtype = engine.choose_amp_dtype(amp, args.amp_dtype if amp else "auto", device)
+    def __init__(self, args, device, compiled):
+        self.args, self.device = args, device
+        self.amp_dtype = engine.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
         self.tokenizer = tokenizers.build(self.args, device, self.amp_dtype)
         networks = main_ibot.build_networks(self.args, self.tokenizer and self.tokenizer.tokens)
         self.student, self.teacher = (network.to(device) for network in networks)
@@ -77,13 +75,13 @@ class Ours:
                         self.amp_dtype)
         self.optimizer = utils.build_optimizer("adamw", utils.get_params_groups(self.student), device)
         self.scaler = torch.amp.GradScaler(device.type) if self.amp_dtype == torch.float16 else None
-        recompute = models.choose_recompute(self.args.recompute, self.args.grad_checkpointing, args.compile)
+        recompute = models.choose_recompute(self.args.recompute, self.args.grad_checkpointing, compiled)
         for network in (self.student, self.teacher):
             network.backbone.residual_dtype = self.amp_dtype if self.args.residual_dtype == "amp" else None
             network.backbone.set_grad_checkpointing(recompute == "blocks")
-            if args.compile:
+            if compiled:
                 network.compile_parts(recompute)
-        if args.compile:
+        if compiled:
             self.loss.compile()
 
     def step(self, *batches):
@@ -92,6 +90,14 @@ class Ours:
             main_ibot.Training(self.student, self.teacher, self.ema, self.loss,
                                self.optimizer, self.scaler, self.amp_dtype),
             0, lr=5e-4, weight_decay=0.04, momentum=0.996, clip_grad=3.0, freeze_last_layer=False, accum_iter=len(batches))
+
+
+class Ours(Step):
+    """The step of `training_args`."""
+
+    def __init__(self, args, device, more=(), **flags):
+        amp = ["--use_fp16", "false"] if args.amp_dtype == "none" else ["--amp_dtype", args.amp_dtype]
+        super().__init__(training_args(args, [*amp, *more], **flags), device, args.compile)
 
 
 class Peak(threading.Thread):
@@ -136,3 +142,13 @@ def timed(call, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - since
+
+
+def matrix_peak(device, dtype, size=8192):
+    """FLOP/s of a large matrix product, the best of some."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(20):
+        seconds = timed(lambda: a @ b, device)
+        best = max(best, 2 * size**3 / seconds)
+    return best

@@ -25,7 +25,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from common import K, Ours, random_batches, timed
+from common import K, Ours, matrix_peak, random_batches, timed
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 from torch.utils.data import DataLoader
@@ -194,16 +194,6 @@ def forward_flops(args, batch):
                 call()
             counts[name] = counter.get_total_flops() * B
     return counts
-
-
-def matrix_peak(device, dtype, size=8192):
-    """FLOP/s of a large matrix product, the best of some."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(20):
-        seconds = timed(lambda: a @ b, device)
-        best = max(best, 2 * size**3 / seconds)
-    return best
 
 
 def alternate(paths, batches, steps, device, warm_up=2):
