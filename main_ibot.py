@@ -152,11 +152,6 @@ def check_args(args):
     models.check_sizes(args.arch, args.patch_size, args.global_crops_size,
                        args.local_crops_size if args.local_crops_number else 0)
     loader.check_ratios(args.pred_ratio, args.pred_ratio_var)
-    student_k = args.out_dim if args.shared_head else args.patch_out_dim
-    teacher_k = args.out_dim if args.shared_head_teacher else args.patch_out_dim
-    need(student_k == teacher_k,
-         f"student and teacher patches have {student_k} and {teacher_k} outputs: with --shared_head {args.shared_head} and "
-         f"--shared_head_teacher {args.shared_head_teacher}, --patch_out_dim must equal --out_dim")
 
     folder = Path(args.output_dir)
     need(not (args.load_from and args.overwrite), "--load_from resumes and --overwrite true starts over: give one of them")
@@ -300,16 +295,16 @@ def build_networks(args, tokens=None):
     shape = {"patch_size": args.patch_size, "window_size": args.window_size}
     head = {"patch_out_dim": args.patch_out_dim, "norm": args.norm_in_head, "act": args.act_in_head,
             "hidden_dim": args.head_hidden_dim}
+    student_head, teacher_head = (variants.HEADS[sharing] for sharing in variants.head_sharing(args))
 
     backbone = models.build_backbone(args.arch, masked_im_modeling=args.use_masked_im_modeling, **shape, **drop_path)
     student = models.MultiCropWrapper(backbone, models.iBOTHead(
-        backbone.embed_dim, args.out_dim, norm_last_layer=args.norm_last_layer,
-        shared_head=args.shared_head or bool(tokens), **head))
+        backbone.embed_dim, args.out_dim, norm_last_layer=args.norm_last_layer, **student_head, **head))
     if tokens:
         student.head.add_token_layer(tokens)
     backbone = models.build_backbone(args.arch, drop_path_rate=0.0, **shape)
     teacher = models.MultiCropWrapper(backbone, models.iBOTHead(
-        backbone.embed_dim, args.out_dim, shared_head=args.shared_head_teacher, **head)).requires_grad_(False)
+        backbone.embed_dim, args.out_dim, **teacher_head, **head)).requires_grad_(False)
     utils.ema_update(*utils.ema_pairs(student, teacher), momentum=0.0)
     return student, teacher
 
@@ -421,7 +416,7 @@ def pretrain(args, run):
     # ============ schedules, loss, optimizer ============
     schedules, notes = build_schedules(args, steps, total_batch)
     ibot_loss = iBOTLoss(
-        args.out_dim, args.out_dim if args.shared_head else args.patch_out_dim, schedules["temp"], schedules["patch_temp"],
+        args.out_dim, len(student.head.last_layer2.weight_v), schedules["temp"], schedules["patch_temp"],
         center_momentum=args.center_momentum, patch_center_momentum=args.patch_center_momentum, lambda1=args.lambda1,
         lambda2=args.lambda2, patch_centering=args.patch_centering, patch_targets=args.patch_targets).to(device)
     variants.choose(ibot_loss, args, tokenizer, patch_cross_entropy, student, teacher, amp_dtype)

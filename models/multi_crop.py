@@ -105,7 +105,8 @@ class MultiCropWrapper(nn.Module):
         if self.head.has_batch_norm or patch_mean:
             tokens, shapes = self.backbone.forward_crops(crops, masks)  # [T, D]
             # Each crop size by itself: batch norm takes its statistics so in the reference.
-            z = torch.cat([self.head.bottleneck(part) for part in tokens.split([n * length for n, length in shapes])])
+            parts = zip(tokens.split([n * length for n, length in shapes]), shapes, strict=True)
+            z = torch.cat([self.head.bottleneck(part.unflatten(0, shape), 1).flatten(0, 1) for part, shape in parts])
             if patch_mean:
                 with torch.autocast(z.device.type, enabled=False):
                     patches = [n * (length - 1) for n, length in shapes]
@@ -117,7 +118,8 @@ class MultiCropWrapper(nn.Module):
             z, tokens = z.index_select(0, rows), tokens.index_select(0, rows)
         else:
             tokens, _ = self.backbone.forward_crops(crops, masks, mask_index)
-            z = self.head.bottleneck(tokens if self.head.token is None else tokens[:len(tokens) - len(mask_index)])
+            classes = len(tokens) - len(mask_index)
+            z = self.head.bottleneck(tokens if self.head.token is None else tokens[:classes], classes)
         classes = len(tokens) - len(mask_index)
         if self.head.token is not None:
             return self.head.last_layer(z[:classes]), self.head.token(tokens[classes:]), mean_logits, tokens
@@ -145,7 +147,7 @@ def flops_per_step(student, teacher, global_crops, cells, masked, local_crops, p
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():  # the wrapper's forward, but for the mean of the patches: autocast knows no meta device
             wanted = None if teacher.head.has_batch_norm or patch_mean else index
-            z = teacher.head.bottleneck(teacher.backbone.forward_crops([crops], wanted=wanted)[0])
+            z = teacher.head.bottleneck(teacher.backbone.forward_crops([crops], wanted=wanted)[0], global_crops[0])
             teacher.head.last_layers(z[:global_crops[0]], z[:len(index)])
         student_cls, student_patch, *_ = student(crops, index, masks=masks, local_crops=others)
         (student_cls.sum() + student_patch.sum()).backward()

@@ -17,14 +17,15 @@ NANO = partial(models.vit_nano, patch_size=8, img_size=32)
 TEMPS, PATCH_TEMPS = np.array([0.05, 0.06]), np.array([0.04, 0.07])
 
 
-def build(G, L, shared=True, shared_teacher=True, norm=None, last_layer_free=True, patch_out_dim=K, seed=0, backbone=NANO, **kwargs):
+def build(G, L, shared=True, shared_teacher=True, norm=None, last_layer_free=True, patch_out_dim=K, seed=0, backbone=NANO, common_layers=3,
+          **kwargs):
     """A tiny float64 student and teacher with unlike weights, and a loss with centres that are not zero."""
     torch.manual_seed(seed)
 
     def network(shared, **extra):
         trunk = backbone(**extra)
         head = models.iBOTHead(trunk.embed_dim, K, patch_out_dim=patch_out_dim, norm=norm, norm_last_layer=not last_layer_free,
-                               shared_head=shared, hidden_dim=32, bottleneck_dim=8)
+                               shared_head=shared, hidden_dim=32, bottleneck_dim=8, common_layers=3 if shared else common_layers)
         network = models.MultiCropWrapper(trunk, head)
         for p in network.parameters():
             p.data += 0.05 * torch.randn_like(p)
@@ -90,6 +91,12 @@ CASES = {
     "one global crop": dict(G=1, L=2),
     "separate heads": dict(G=2, L=2, shared=False, shared_teacher=False, patch_out_dim=17),
     "semi-shared heads": dict(G=2, L=2, shared=False, shared_teacher=True),
+    "third layers too": dict(G=2, L=2, shared=False, shared_teacher=False, patch_out_dim=17, common_layers=2),
+    "third layers too, semi-shared": dict(G=2, L=2, shared=False, shared_teacher=True, common_layers=2),
+    "third layers too, batch norm": dict(G=2, L=2, shared=False, shared_teacher=False, common_layers=2, norm="bn"),
+    "nothing shared": dict(G=2, L=2, shared=False, shared_teacher=False, patch_out_dim=17, common_layers=0),
+    "nothing shared, batch norm, no mask at all": dict(G=2, L=1, shared=False, shared_teacher=False, common_layers=0, norm="bn",
+                                                       masks=lambda m: m.fill_(False)),
     "layer norm in the head": dict(G=2, L=2, norm="ln"),
     "batch norm in the head": dict(G=2, L=2, norm="bn"),
     "no mask in one crop": dict(G=2, L=1, masks=lambda m: m[1].fill_(False)),
@@ -158,9 +165,10 @@ def test_ablations_of_the_loss():
     assert torch.allclose(loss(center_momentum=0.8)[1].center.flatten(), 0.2 * t_cls.mean(0))
 
 
-def test_no_patch_loss_leaves_patches_out():
+@pytest.mark.parametrize("common_layers", [3, 0])
+def test_no_patch_loss_leaves_patches_out(common_layers):
     """With lambda2 0 no patch reaches the last layer, and the step still gives every gradient."""
-    student, teacher, ibot_loss = build(2, 1, shared=False, shared_teacher=False, lambda2=0.0)
+    student, teacher, ibot_loss = build(2, 1, shared=False, shared_teacher=False, lambda2=0.0, common_layers=common_layers)
     seen = []
     student.head.last_layer2.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     before = ibot_loss.center2.clone()

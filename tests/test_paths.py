@@ -120,7 +120,7 @@ def test_pieces_of_the_patch_loss(hard):
 
 # Two shifted blocks in each of two stages; 64 pixels are 16 x 16 tokens, which do not divide into windows of 7.
 SWIN = partial(models.swin_transformer.SwinTransformer, embed_dim=12, depths=(2, 2, 1, 1), num_heads=(1, 1, 2, 2), drop_path_rate=0.3)
-HEADS = {"shared": {}, "separate": {"shared": False, "shared_teacher": False, "patch_out_dim": 17}, "bn": {"norm": "bn"}, "ln": {"norm": "ln"}}
+HEADS = {"shared": {}, "separate": {"shared": False, "shared_teacher": False, "patch_out_dim": 17, "common_layers": 2}, "bn": {"norm": "bn"}, "ln": {"norm": "ln"}}
 
 
 def swin_batch(local):
