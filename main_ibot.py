@@ -95,6 +95,8 @@ def get_args_parser():
     optim.add_argument("--lr", default=0.0005, type=float, help="peak rate for a total batch of 256, scaled linearly")
     optim.add_argument("--warmup_epochs", default=10, type=int, help="epochs of linear warm-up of the rate")
     optim.add_argument("--min_lr", default=1e-6, type=float)
+    optim.add_argument("--layer_decay", default=1.0, type=float, help="factor of the rate from each block to the one below")
+    optim.add_argument("--patch_embed_lr", default=1.0, type=float, help="another factor, of the patch embedding's rate")
     optim.add_argument("--weight_decay", default=0.04, type=float)
     optim.add_argument("--weight_decay_end", default=0.4, type=float)
     optim.add_argument("--clip_grad", default=3.0, type=float, help="largest norm of each tensor's gradient; 0: any")
@@ -139,9 +141,9 @@ def check_args(args):
                     "accum_iter global_crops_number global_crops_size local_crops_size",
         not_negative="local_crops_number warmup_epochs warmup_teacher_temp_epochs pred_start_epoch freeze_last_layer "
                      "saveckp_freq save_every_steps save_every_minutes max_bad_images clip_grad koleo lambda1 lambda2 lr "
-                     "min_lr seed num_workers",
-        positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp",
-        share="momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
+                     "min_lr patch_embed_lr seed num_workers",
+        positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp layer_decay",
+        share="layer_decay momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
     augmentation.check_augment_flags(args)
     need(not args.lambda1 or args.global_crops_number > 1 or args.local_crops_number,
          "the [CLS] loss needs two crops: raise --global_crops_number or --local_crops_number")
@@ -424,7 +426,8 @@ def pretrain(args, run):
     if compiled:
         ibot_loss.compile()
         photometry = torch.compile(photometry, dynamic=False)
-    optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
+    groups = utils.get_params_groups(student, args.layer_decay, args.patch_embed_lr)
+    optimizer = utils.build_optimizer(args.optimizer, groups, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     training = Training(ddp_student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, scaler, amp_dtype)
 
@@ -515,10 +518,9 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
         the second crop into the same; `grad_norm`: before clipping.
     """
     student, teacher, ema, ibot_loss, optimizer, scaler, amp_dtype = training
-    # schedules; only the first group is decayed
     for group in optimizer.param_groups:
-        group["lr"] = float(lr)
-    optimizer.param_groups[0]["weight_decay"] = float(weight_decay)
+        group["lr"] = float(lr) * group["lr_scale"]
+        group["weight_decay"] = float(weight_decay) * group["decayed"]
 
     optimizer.zero_grad()
     rows, labels, clusters, signs = [], [], [], {}

@@ -159,7 +159,7 @@ VARIANTS = [
     ["--shared_head", "false", "--shared_head_teacher", "true"],
     ["--shared_head", "true", "--shared_head_teacher", "false", "--pred_shape", "rand"],
     ["--norm_in_head", "bn", "--act_in_head", "relu", "--head_sharing", "full"],
-    ["--norm_in_head", "syncbn", "--optimizer", "sgd"],
+    ["--norm_in_head", "syncbn", "--optimizer", "sgd", "--layer_decay", "0.9", "--patch_embed_lr", "0.2"],
     ["--norm_in_head", "ln", "--optimizer", "lars", "--head_sharing", "mlp2", "--head_sharing_teacher", "mlp2"],
     ["--use_masked_im_modeling", "false", "--clip_grad", "0"],
     ["--lambda1", "0"],
