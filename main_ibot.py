@@ -53,6 +53,7 @@ def get_args_parser():
     network.add_argument("--arch", default="vit_small", choices=models.ARCHS)
     network.add_argument("--patch_size", default=16, type=int, help="side of a ViT's patch in pixels (Swin: always 4)")
     network.add_argument("--window_size", default=7, type=int, help="Swin's window, 7 or 14 in the paper")
+    network.add_argument("--registers", default=0, type=int, help="learned tokens of a ViT beside [CLS]; 4 in DINOv2")
     network.add_argument("--drop_path", type=float, help="stochastic depth of the student; default 0.1, Swin-S, -B, -L 0.2")
     network.add_argument("--out_dim", default=8192, type=int, help="K of the [CLS] output")
     network.add_argument("--patch_out_dim", default=8192, type=int, help="K of the patch output where heads are separate")
@@ -141,7 +142,7 @@ def check_args(args):
                     "accum_iter global_crops_number global_crops_size local_crops_size",
         not_negative="local_crops_number warmup_epochs warmup_teacher_temp_epochs pred_start_epoch freeze_last_layer "
                      "saveckp_freq save_every_steps save_every_minutes max_bad_images clip_grad koleo lambda1 lambda2 lr "
-                     "min_lr patch_embed_lr seed num_workers",
+                     "min_lr patch_embed_lr registers seed num_workers",
         positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp layer_decay",
         share="layer_decay momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
     augmentation.check_augment_flags(args)
@@ -153,6 +154,7 @@ def check_args(args):
 
     models.check_sizes(args.arch, args.patch_size, args.global_crops_size,
                        args.local_crops_size if args.local_crops_number else 0)
+    need(not args.registers or not args.arch.startswith("swin"), f"--registers {args.registers}: for a ViT, not for a Swin")
     loader.check_ratios(args.pred_ratio, args.pred_ratio_var)
 
     folder = Path(args.output_dir)
@@ -294,7 +296,7 @@ def build_networks(args, tokens=None):
     if args.drop_path is None and not args.arch.startswith("swin"):
         drop_path = {"drop_path_rate": 0.1}
     # Positions are those of 224-pixel images whatever the crop size, as in the reference: crops of other sizes sample them.
-    shape = {"patch_size": args.patch_size, "window_size": args.window_size}
+    shape = {"patch_size": args.patch_size, "window_size": args.window_size, "registers": args.registers}
     head = {"patch_out_dim": args.patch_out_dim, "norm": args.norm_in_head, "act": args.act_in_head,
             "hidden_dim": args.head_hidden_dim}
     student_head, teacher_head = (variants.HEADS[sharing] for sharing in variants.head_sharing(args))

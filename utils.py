@@ -52,7 +52,7 @@ def layer_id(name, depths):
     """
     name = backbone_name(name)
     words = name.split(".")
-    if words[0] in ("cls_token", "pos_embed", "patch_embed", "masked_embed"):
+    if words[0] in ("cls_token", "reg_token", "pos_embed", "patch_embed", "masked_embed"):
         return 0
     if words[0] == "blocks":
         return int(words[1]) + 1
@@ -63,10 +63,10 @@ def layer_id(name, depths):
 
 
 def is_decayed(name, parameter, decay_positions=True):
-    """Whether weight decay applies: not to vectors, biases and, unless `decay_positions`, to positions and [CLS] token."""
+    """Whether weight decay applies: not to vectors, biases and, unless `decay_positions`, positions, [CLS], registers."""
     name = backbone_name(name)
     return not (parameter.ndim == 1 or name.endswith(".bias")
-                or not decay_positions and name in ("pos_embed", "cls_token"))
+                or not decay_positions and name in ("pos_embed", "cls_token", "reg_token"))
 
 
 def get_params_groups(model, layer_decay=1.0, patch_embed_lr=1.0, decay_positions=True):

@@ -43,24 +43,25 @@ def draw_drop_scales(rate, depth, crops, device):
     return (torch.rand(depth, 2, crops, device=device) < keep) / keep
 
 
-def wanted_rows(shapes, wanted):
+def wanted_rows(shapes, wanted, prefix=1):
     """Rows, among the tokens of all crops end to end, of their class tokens and of wanted patches of the first size.
 
     Args:
-        shapes: (crops, tokens of each, a class token before the N patches) for every crop size.
+        shapes: (crops, tokens of each) for every crop size.
         wanted: int64 [M], cells of the flattened [crops * N] of the first size, or behind these those of the others.
+        prefix: tokens before the N patches of a crop, the class token first.
 
     Returns:
         int64 [all crops + M], class tokens first.
     """
     rows, start, cells = [], 0, 0
-    patches = wanted + wanted // (shapes[0][1] - 1) + 1
+    patches = wanted + prefix * (wanted // (shapes[0][1] - prefix) + 1)
     for crops, length in shapes:
         rows.append(start + length * torch.arange(crops, device=wanted.device))
         if start:
             beyond = wanted - cells
-            patches = torch.where(beyond < 0, patches, start + beyond + beyond // (length - 1) + 1)
-        start, cells = start + crops * length, cells + crops * (length - 1)
+            patches = torch.where(beyond < 0, patches, start + beyond + prefix * (beyond // (length - prefix) + 1))
+        start, cells = start + crops * length, cells + crops * (length - prefix)
     return torch.cat((*rows, patches))
 
 

@@ -100,6 +100,8 @@ CASES = {
                                                        masks=lambda m: m.fill_(False)),
     "layer norm in the head": dict(G=2, L=2, norm="ln"),
     "batch norm in the head": dict(G=2, L=2, norm="bn"),
+    "registers": dict(G=2, L=2, backbone=partial(NANO, registers=3)),
+    "registers, batch norm": dict(G=2, L=2, backbone=partial(NANO, registers=3), norm="bn", shared=False, shared_teacher=False, common_layers=0),
     "no mask in one crop": dict(G=2, L=1, masks=lambda m: m[1].fill_(False)),
     "no mask at all": dict(G=2, L=1, masks=lambda m: m.fill_(False)),
     "all masked": dict(G=2, L=1, masks=lambda m: m.fill_(True)),
