@@ -120,6 +120,9 @@ def test_flags():
         else:
             with pytest.raises(engine.InputError, match=f"must be shared or {pair[0]}"):
                 variants.check_heads(args)
+    assert variants.head_sharing(parse("--tokenizer", "mpp")) == ("shared", "shared")
+    with pytest.raises(engine.InputError, match="--head_sharing full: with --tokenizer mpp patches have no head"):
+        variants.check_heads(parse("--tokenizer", "mpp", "--head_sharing", "full"))
     variants.check_heads(parse("--head_sharing", "full", "--head_sharing_teacher", "full", "--patch_out_dim", "4096"))
     with pytest.raises(engine.InputError, match="4096 and 8192 outputs: with heads full and shared.* must equal --out_dim"):
         variants.check_heads(parse("--head_sharing", "full", "--patch_out_dim", "4096"))
