@@ -9,11 +9,13 @@
 statistics, a .pth file of `ibot` has "args" with "mean" and "std" too; .safetensors files have them in their metadata.
 
     timm.create_model("vit_small_patch16_224", num_classes=0)
+    timm.create_model("vit_small_patch16_224", num_classes=0, reg_tokens=4, no_embed_class=True)     # --registers 4
     timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
 
 (timm's Swin has eps 1e-5 by default, with which its features differ by about 2e-5 from those here).
 """
 import argparse
+import math
 import os
 import re
 from pathlib import Path
@@ -36,9 +38,15 @@ def get_args_parser():
 
 
 def timm_state_dict(state):
-    """Backbone names of this project to timm's: Swin's patch merging belongs to the stage that it begins, not ends."""
+    """Backbone names of this project to timm's: Swin's patch merging belongs to the stage that it begins, not ends.
+
+    Beside registers timm has no position for the class token: it goes into that token, unless it is there already.
+    """
     state = {name: value for name, value in state.items()
              if name != "masked_embed" and not name.endswith(("relative_position_index", "attn_mask"))}
+    positions = state.get("pos_embed") if {"reg_token", "cls_token"} <= state.keys() else None
+    if positions is not None and positions.ndim == 3 and math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:
+        state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:].clone()}  # of 1 + N
     return {re.sub(r"^layers\.(\d{1,4})\.downsample", lambda match: f"layers.{int(match[1]) + 1}.downsample", name): value
             for name, value in state.items()}
 

@@ -53,6 +53,7 @@ def get_args_parser():
     network.add_argument("--arch", default="vit_small", choices=models.ARCHS)
     network.add_argument("--patch_size", default=16, type=int, help="side of a ViT's patch in pixels (Swin: always 4)")
     network.add_argument("--window_size", default=7, type=int, help="Swin's window, 7 or 14 in the paper")
+    network.add_argument("--registers", default=0, type=int, help="learned tokens of a ViT beside [CLS]; 4 in DINOv2")
     network.add_argument("--drop_path", type=float, help="stochastic depth of the student; default 0.1, Swin-S, -B, -L 0.2")
     network.add_argument("--out_dim", default=8192, type=int, help="K of the [CLS] output")
     network.add_argument("--patch_out_dim", default=8192, type=int, help="K of the patch output where heads are separate")
@@ -95,6 +96,8 @@ def get_args_parser():
     optim.add_argument("--lr", default=0.0005, type=float, help="peak rate for a total batch of 256, scaled linearly")
     optim.add_argument("--warmup_epochs", default=10, type=int, help="epochs of linear warm-up of the rate")
     optim.add_argument("--min_lr", default=1e-6, type=float)
+    optim.add_argument("--layer_decay", default=1.0, type=float, help="factor of the rate from each block to the one below")
+    optim.add_argument("--patch_embed_lr", default=1.0, type=float, help="another factor, of the patch embedding's rate")
     optim.add_argument("--weight_decay", default=0.04, type=float)
     optim.add_argument("--weight_decay_end", default=0.4, type=float)
     optim.add_argument("--clip_grad", default=3.0, type=float, help="largest norm of each tensor's gradient; 0: any")
@@ -139,9 +142,9 @@ def check_args(args):
                     "accum_iter global_crops_number global_crops_size local_crops_size",
         not_negative="local_crops_number warmup_epochs warmup_teacher_temp_epochs pred_start_epoch freeze_last_layer "
                      "saveckp_freq save_every_steps save_every_minutes max_bad_images clip_grad koleo lambda1 lambda2 lr "
-                     "min_lr seed num_workers",
-        positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp",
-        share="momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
+                     "min_lr patch_embed_lr registers seed num_workers",
+        positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp layer_decay",
+        share="layer_decay momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
     augmentation.check_augment_flags(args)
     need(not args.lambda1 or args.global_crops_number > 1 or args.local_crops_number,
          "the [CLS] loss needs two crops: raise --global_crops_number or --local_crops_number")
@@ -151,12 +154,8 @@ def check_args(args):
 
     models.check_sizes(args.arch, args.patch_size, args.global_crops_size,
                        args.local_crops_size if args.local_crops_number else 0)
+    need(not args.registers or not args.arch.startswith("swin"), f"--registers {args.registers}: for a ViT, not for a Swin")
     loader.check_ratios(args.pred_ratio, args.pred_ratio_var)
-    student_k = args.out_dim if args.shared_head else args.patch_out_dim
-    teacher_k = args.out_dim if args.shared_head_teacher else args.patch_out_dim
-    need(student_k == teacher_k,
-         f"student and teacher patches have {student_k} and {teacher_k} outputs: with --shared_head {args.shared_head} and "
-         f"--shared_head_teacher {args.shared_head_teacher}, --patch_out_dim must equal --out_dim")
 
     folder = Path(args.output_dir)
     need(not (args.load_from and args.overwrite), "--load_from resumes and --overwrite true starts over: give one of them")
@@ -297,19 +296,19 @@ def build_networks(args, tokens=None):
     if args.drop_path is None and not args.arch.startswith("swin"):
         drop_path = {"drop_path_rate": 0.1}
     # Positions are those of 224-pixel images whatever the crop size, as in the reference: crops of other sizes sample them.
-    shape = {"patch_size": args.patch_size, "window_size": args.window_size}
+    shape = {"patch_size": args.patch_size, "window_size": args.window_size, "registers": args.registers}
     head = {"patch_out_dim": args.patch_out_dim, "norm": args.norm_in_head, "act": args.act_in_head,
             "hidden_dim": args.head_hidden_dim}
+    student_head, teacher_head = (variants.HEADS[sharing] for sharing in variants.head_sharing(args))
 
     backbone = models.build_backbone(args.arch, masked_im_modeling=args.use_masked_im_modeling, **shape, **drop_path)
     student = models.MultiCropWrapper(backbone, models.iBOTHead(
-        backbone.embed_dim, args.out_dim, norm_last_layer=args.norm_last_layer,
-        shared_head=args.shared_head or bool(tokens), **head))
+        backbone.embed_dim, args.out_dim, norm_last_layer=args.norm_last_layer, **student_head, **head))
     if tokens:
         student.head.add_token_layer(tokens)
     backbone = models.build_backbone(args.arch, drop_path_rate=0.0, **shape)
     teacher = models.MultiCropWrapper(backbone, models.iBOTHead(
-        backbone.embed_dim, args.out_dim, shared_head=args.shared_head_teacher, **head)).requires_grad_(False)
+        backbone.embed_dim, args.out_dim, **teacher_head, **head)).requires_grad_(False)
     utils.ema_update(*utils.ema_pairs(student, teacher), momentum=0.0)
     return student, teacher
 
@@ -421,7 +420,7 @@ def pretrain(args, run):
     # ============ schedules, loss, optimizer ============
     schedules, notes = build_schedules(args, steps, total_batch)
     ibot_loss = iBOTLoss(
-        args.out_dim, args.out_dim if args.shared_head else args.patch_out_dim, schedules["temp"], schedules["patch_temp"],
+        args.out_dim, len(student.head.last_layer2.weight_v), schedules["temp"], schedules["patch_temp"],
         center_momentum=args.center_momentum, patch_center_momentum=args.patch_center_momentum, lambda1=args.lambda1,
         lambda2=args.lambda2, patch_centering=args.patch_centering, patch_targets=args.patch_targets).to(device)
     variants.choose(ibot_loss, args, tokenizer, patch_cross_entropy, student, teacher, amp_dtype)
@@ -429,7 +428,8 @@ def pretrain(args, run):
     if compiled:
         ibot_loss.compile()
         photometry = torch.compile(photometry, dynamic=False)
-    optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
+    groups = utils.get_params_groups(student, args.layer_decay, args.patch_embed_lr)
+    optimizer = utils.build_optimizer(args.optimizer, groups, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     training = Training(ddp_student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, scaler, amp_dtype)
 
@@ -520,10 +520,9 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
         the second crop into the same; `grad_norm`: before clipping.
     """
     student, teacher, ema, ibot_loss, optimizer, scaler, amp_dtype = training
-    # schedules; only the first group is decayed
     for group in optimizer.param_groups:
-        group["lr"] = float(lr)
-    optimizer.param_groups[0]["weight_decay"] = float(weight_decay)
+        group["lr"] = float(lr) * group["lr_scale"]
+        group["weight_decay"] = float(weight_decay) * group["decayed"]
 
     optimizer.zero_grad()
     rows, labels, clusters, signs = [], [], [], {}

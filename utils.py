@@ -33,13 +33,62 @@ def temperature_schedule(warmup_value, value, warmup_epochs, epochs, start_epoch
                            np.full(epochs, value)))[:epochs]
 
 
-def get_params_groups(model):
-    """Two groups: weights, which are decayed, and biases and one-dimensional tensors, which are not. Frozen ones: none."""
-    decayed, plain = [], []
+def blocks_of(backbone):
+    """The blocks of each stage, from the input on; a ViT is one stage."""
+    backbone = getattr(backbone, "body", backbone)  # of a `dense.DenseBackbone`
+    return [list(stage.blocks) for stage in backbone.layers] if hasattr(backbone, "layers") else [list(backbone.blocks)]
+
+
+def backbone_name(name):
+    """Name of a parameter of a network in its backbone alone; others as they are."""
+    return name.removeprefix("backbone.").removeprefix("body.")
+
+
+def layer_id(name, depths):
+    """Place of a parameter in the network: 0 for the embeddings, i + 1 for block i, L + 1 for norms and heads.
+
+    name: in a network with a `backbone`, which may be a `dense.DenseBackbone`. depths: blocks of each stage, L in all. The
+    patch merging after a stage of a Swin counts as part of its last block.
+    """
+    name = backbone_name(name)
+    words = name.split(".")
+    if words[0] in ("cls_token", "reg_token", "pos_embed", "patch_embed", "masked_embed"):
+        return 0
+    if words[0] == "blocks":
+        return int(words[1]) + 1
+    if words[0] == "layers":
+        stage = int(words[1])
+        return sum(depths[:stage]) + (int(words[3]) + 1 if words[2] == "blocks" else depths[stage])
+    return sum(depths) + 1
+
+
+def is_decayed(name, parameter, decay_positions=True):
+    """Whether weight decay applies: not to vectors, biases and, unless `decay_positions`, positions, [CLS], registers."""
+    name = backbone_name(name)
+    return not (parameter.ndim == 1 or name.endswith(".bias")
+                or not decay_positions and name in ("pos_embed", "cls_token", "reg_token"))
+
+
+def get_params_groups(model, layer_decay=1.0, patch_embed_lr=1.0, decay_positions=True):
+    """An optimiser's groups for a network with a `backbone`: parameters with the same rate and decay, from the input on.
+
+    Each has "lr_scale", layer_decay^(L + 1 - `layer_id`), and "decayed"; rate and decay are set at each step. Without layer
+    decay there are two: weights, which are decayed, and biases and vectors, which are not. Frozen ones: none.
+
+    patch_embed_lr: another factor for the patch embedding.
+    """
+    depths = [len(stage) for stage in blocks_of(model.backbone)]
+    groups = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
-    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
+        if backbone_name(name).startswith("patch_embed."):
+            scale *= patch_embed_lr
+        decayed = is_decayed(name, parameter, decay_positions)
+        group = groups.setdefault((scale, decayed), {"params": [], "lr_scale": scale, "decayed": decayed})
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
 
 
 @torch.no_grad()

@@ -16,6 +16,10 @@ import models
 import utils
 from models.head import SumOverProcesses, at_least_float32
 
+# What [CLS] and patches have in common of the projection head (Table 17), as arguments of `iBOTHead`.
+HEADS = {"prototypes": {"shared_head": False, "common_layers": 3}, "shared": {"shared_head": True, "common_layers": 3},
+         "mlp2": {"shared_head": False, "common_layers": 2}, "full": {"shared_head": False, "common_layers": 0}}
+
 
 def add_mask_flags(group):
     group.add_argument("--mask_crops", default="global", choices=("global", "all", "one"),
@@ -28,9 +32,36 @@ def add_flags(group):
     group.add_argument("--patch_match", default="self", choices=("self", "position", "feature"),
                        help="a patch's target: the same patch, masked; or, unmasked, that of the other global crop which "
                             "is nearest in the image or in its features (Appendix E)")
+    group.add_argument("--head_sharing", choices=tuple(HEADS),
+                       help="what [CLS] and patches have in common of the head: the MLP (prototypes), all of it (shared), "
+                            "two layers of the MLP (mlp2), nothing (full); default: as --shared_head says (Table 17)")
+    group.add_argument("--head_sharing_teacher", choices=tuple(HEADS),
+                       help="the same for the teacher; default: as --shared_head_teacher says")
     group.add_argument("--centering", default="mean", choices=("mean", "sinkhorn"),
                        help="of both targets: the running mean of outputs, or Sinkhorn-Knopp on each batch (DINOv2)")
     group.add_argument("--koleo", default=0.0, type=float, help="weight of the KoLeo regulariser; 0.1 in DINOv2")
+
+
+def head_sharing(args):
+    """Keys of HEADS that the flags mean, of student and teacher; a tokenizer's tokens have a layer of their own."""
+    shared = args.shared_head or args.tokenizer != "online"
+    return (args.head_sharing or ("shared" if shared else "prototypes"),
+            args.head_sharing_teacher or ("shared" if args.shared_head_teacher else "prototypes"))
+
+
+def check_heads(args):
+    """Raise `engine.InputError` for heads of student and teacher that do not go together."""
+    student, teacher = head_sharing(args)
+    engine.need(args.tokenizer == "online" or student == "shared",
+                f"--head_sharing {student}: with --tokenizer {args.tokenizer} patches have no head but a linear layer")
+    engine.need(teacher in (student, "shared") or {student, teacher} == {"shared", "prototypes"},
+                f"a teacher head {teacher} cannot follow the student's, {student}: --head_sharing_teacher must be shared "
+                f"or {student}")
+    student_k, teacher_k = (args.out_dim if HEADS[sharing]["shared_head"] else args.patch_out_dim
+                            for sharing in (student, teacher))
+    engine.need(student_k == teacher_k, f"student and teacher patches have {student_k} and {teacher_k} outputs: with heads "
+                                        f"{student} and {teacher} (--head_sharing, --head_sharing_teacher), "
+                                        "--patch_out_dim must equal --out_dim")
 
 
 @torch.no_grad()
@@ -102,6 +133,7 @@ def check(args):
     cell = models.mask_cell(args.arch, args.patch_size)
     need(args.mask_crops != "all" or args.local_crops_size % cell == 0,
          f"--mask_crops all: --local_crops_size {args.local_crops_size} is not a multiple of {cell}, a cell of the mask")
+    check_heads(args)
 
 
 def is_plain(args):

@@ -79,7 +79,8 @@ def last_block(model, images):
     attention, (B, T, _) = block.attn, x.shape
     q, k, _ = attention.qkv(block.norm1(x)).reshape(B, T, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     weights = (q[:, :, :1] @ k.transpose(-2, -1) * attention.scale).softmax(dim=-1)  # [B, heads, 1, T]
-    return weights[:, :, 0, 1:], block(x)
+    prefix = model.num_prefix_tokens  # [CLS] and registers
+    return weights[:, :, 0, prefix:], model.without_registers(block(x))
 
 
 def cls_attention(model, images):

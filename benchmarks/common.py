@@ -73,7 +73,8 @@ class Step:
                                        lambda2=self.args.lambda2).to(device)
         variants.choose(self.loss, self.args, self.tokenizer, main_ibot.patch_cross_entropy, self.student, self.teacher,
                         self.amp_dtype)
-        self.optimizer = utils.build_optimizer("adamw", utils.get_params_groups(self.student), device)
+        groups = utils.get_params_groups(self.student, self.args.layer_decay, self.args.patch_embed_lr)
+        self.optimizer = utils.build_optimizer("adamw", groups, device)
         self.scaler = torch.amp.GradScaler(device.type) if self.amp_dtype == torch.float16 else None
         recompute = models.choose_recompute(self.args.recompute, self.args.grad_checkpointing, compiled)
         for network in (self.student, self.teacher):

@@ -14,11 +14,12 @@ __all__ = [*ARCHS, "ACTIVATIONS", "ARCHS", "NORMS", "RECOMPUTE", "MultiCropWrapp
            "check_sizes", "choose_compilation", "choose_recompute", "flops_per_step", "iBOTHead", "mask_cell"]
 
 
-def build_backbone(arch, patch_size=16, window_size=7, img_size=224, **kwargs):
-    """The backbone called `arch`. ViTs take `patch_size` and `img_size`; Swins take `window_size`, their patch is 4."""
+def build_backbone(arch, patch_size=16, window_size=7, img_size=224, registers=0, **kwargs):
+    """The backbone called `arch`. ViTs take `patch_size`, `img_size` and `registers`; Swins take `window_size`, their patch
+    is 4."""
     if arch.startswith("swin"):
         return globals()[arch](window_size=window_size, **kwargs)
-    return globals()[arch](patch_size=patch_size, img_size=img_size, **kwargs)
+    return globals()[arch](patch_size=patch_size, img_size=img_size, registers=registers, **kwargs)
 
 
 def mask_cell(arch, patch_size):

@@ -2,6 +2,8 @@
 
 Letters: T any number of tokens, K outputs.
 """
+from collections import OrderedDict
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -67,8 +69,23 @@ NORMS = {"bn": SyncBatchNorm, "syncbn": SyncBatchNorm, "ln": nn.LayerNorm}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
+def build_mlp(in_dim, hidden_dim, out_dim, norm, act):
+    """Three linear layers, `norm` and `act` (of NORMS and ACTIVATIONS) after each but the last."""
+    layers = []
+    for width in (in_dim, hidden_dim):
+        layers += [nn.Linear(width, hidden_dim), *([NORMS[norm](hidden_dim)] if norm else []), ACTIVATIONS[act]()]
+    mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim))
+    for layer in mlp:
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return mlp
+
+
 class iBOTHead(nn.Module):  # noqa: N801 - the reference's name
     """MLP of three linear layers, l2 normalisation, and one or two weight-normalised last layers.
+
+    With batch norm, what [CLS] and patches have in common takes its statistics over both, a layer of their own over theirs.
 
     Args:
         in_dim: width of the backbone's tokens.
@@ -77,24 +94,23 @@ class iBOTHead(nn.Module):  # noqa: N801 - the reference's name
         act: "gelu" or "relu".
         norm_last_layer: keep `weight_g` at 1 (Section 4.1: steadier training).
         shared_head: one last layer for [CLS] and patches; `last_layer2` is then an alias of `last_layer`.
+        common_layers: of the MLP's three layers, how many [CLS] and patches have in common: 3, 2 or 0 (Table 17). Those of
+            the patches alone are `mlp_patch`, each with the name that it has in `mlp`; without any it is None.
     """
 
     def __init__(self, in_dim, out_dim, patch_out_dim=8192, norm=None, act="gelu", norm_last_layer=True,
-                 shared_head=False, hidden_dim=2048, bottleneck_dim=256):
+                 shared_head=False, hidden_dim=2048, bottleneck_dim=256, common_layers=3):
         super().__init__()
-        layers = []
-        for width in (in_dim, hidden_dim):
-            layers += [nn.Linear(width, hidden_dim), *([NORMS[norm](hidden_dim)] if norm else []), ACTIVATIONS[act]()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        self.mlp, self.mlp_patch = build_mlp(in_dim, hidden_dim, bottleneck_dim, norm, act), None
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer2 = self.last_layer if shared_head else WeightNormLinear(bottleneck_dim, patch_out_dim)
         if norm_last_layer:
             self.last_layer.weight_g.requires_grad_(False)
             self.last_layer2.weight_g.requires_grad_(False)
+        if common_layers < 3:
+            mlp = build_mlp(in_dim, hidden_dim, bottleneck_dim, norm, act)
+            own = {name: layer for name, layer in mlp.named_children() if common_layers == 0 or layer is mlp[-1]}
+            self.mlp_patch = nn.Sequential(OrderedDict(own))
         self.has_batch_norm = norm in ("bn", "syncbn")
         self.token = None
 
@@ -104,9 +120,20 @@ class iBOTHead(nn.Module):  # noqa: N801 - the reference's name
         nn.init.trunc_normal_(self.token.weight, std=0.02)
         nn.init.zeros_(self.token.bias)
 
-    def bottleneck(self, x):
-        """Tokens [..., D] to points of the unit sphere [..., 256], in float32 whatever the mixed precision."""
-        return F.normalize(at_least_float32(self.mlp(x)), dim=-1)
+    def bottleneck(self, x, cls_rows=None):
+        """Tokens [..., T, D] to points of the unit sphere [..., T, 256], in float32 whatever the mixed precision.
+
+        cls_rows: how many of the T are [CLS] tokens, the first ones; the others are patches. None: all are [CLS] tokens.
+        """
+        if self.mlp_patch is None or cls_rows is None:
+            return F.normalize(at_least_float32(self.mlp(x)), dim=-1)
+        layers, common = list(self.mlp), len(self.mlp) - len(self.mlp_patch)
+        for layer in layers[:common]:
+            x = layer(x)
+        cls, patches = x[..., :cls_rows, :], x[..., cls_rows:, :]
+        for own, layer in zip(layers[common:], self.mlp_patch, strict=True):
+            cls, patches = own(cls), layer(patches)
+        return F.normalize(at_least_float32(torch.cat((cls, patches), dim=-2)), dim=-1)
 
     def last_layers(self, cls, patches):
         """Bottlenecks [T, 256] and [T', 256] to [CLS] logits [T, K] and patch logits [T', K']."""
@@ -116,7 +143,7 @@ class iBOTHead(nn.Module):  # noqa: N801 - the reference's name
 
     def forward(self, x):
         """[B, D] to logits [B, K]; [B, 1 + N, D] to ([CLS] logits [B, K], patch logits [B, N, K'])."""
-        z = self.bottleneck(x)
+        z = self.bottleneck(x, None if x.ndim == 2 else 1)
         if x.ndim == 2:
             return self.last_layer(z)
         return self.last_layer(z[:, 0]), self.last_layer2(z[:, 1:])

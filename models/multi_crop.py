@@ -43,24 +43,25 @@ def draw_drop_scales(rate, depth, crops, device):
     return (torch.rand(depth, 2, crops, device=device) < keep) / keep
 
 
-def wanted_rows(shapes, wanted):
+def wanted_rows(shapes, wanted, prefix=1):
     """Rows, among the tokens of all crops end to end, of their class tokens and of wanted patches of the first size.
 
     Args:
-        shapes: (crops, tokens of each, a class token before the N patches) for every crop size.
+        shapes: (crops, tokens of each) for every crop size.
         wanted: int64 [M], cells of the flattened [crops * N] of the first size, or behind these those of the others.
+        prefix: tokens before the N patches of a crop, the class token first.
 
     Returns:
         int64 [all crops + M], class tokens first.
     """
     rows, start, cells = [], 0, 0
-    patches = wanted + wanted // (shapes[0][1] - 1) + 1
+    patches = wanted + prefix * (wanted // (shapes[0][1] - prefix) + 1)
     for crops, length in shapes:
         rows.append(start + length * torch.arange(crops, device=wanted.device))
         if start:
             beyond = wanted - cells
-            patches = torch.where(beyond < 0, patches, start + beyond + beyond // (length - 1) + 1)
-        start, cells = start + crops * length, cells + crops * (length - 1)
+            patches = torch.where(beyond < 0, patches, start + beyond + prefix * (beyond // (length - prefix) + 1))
+        start, cells = start + crops * length, cells + crops * (length - prefix)
     return torch.cat((*rows, patches))
 
 
@@ -105,7 +106,8 @@ class MultiCropWrapper(nn.Module):
         if self.head.has_batch_norm or patch_mean:
             tokens, shapes = self.backbone.forward_crops(crops, masks)  # [T, D]
             # Each crop size by itself: batch norm takes its statistics so in the reference.
-            z = torch.cat([self.head.bottleneck(part) for part in tokens.split([n * length for n, length in shapes])])
+            parts = zip(tokens.split([n * length for n, length in shapes]), shapes, strict=True)
+            z = torch.cat([self.head.bottleneck(part.unflatten(0, shape), 1).flatten(0, 1) for part, shape in parts])
             if patch_mean:
                 with torch.autocast(z.device.type, enabled=False):
                     patches = [n * (length - 1) for n, length in shapes]
@@ -117,7 +119,8 @@ class MultiCropWrapper(nn.Module):
             z, tokens = z.index_select(0, rows), tokens.index_select(0, rows)
         else:
             tokens, _ = self.backbone.forward_crops(crops, masks, mask_index)
-            z = self.head.bottleneck(tokens if self.head.token is None else tokens[:len(tokens) - len(mask_index)])
+            classes = len(tokens) - len(mask_index)
+            z = self.head.bottleneck(tokens if self.head.token is None else tokens[:classes], classes)
         classes = len(tokens) - len(mask_index)
         if self.head.token is not None:
             return self.head.last_layer(z[:classes]), self.head.token(tokens[classes:]), mean_logits, tokens
@@ -145,7 +148,7 @@ def flops_per_step(student, teacher, global_crops, cells, masked, local_crops, p
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():  # the wrapper's forward, but for the mean of the patches: autocast knows no meta device
             wanted = None if teacher.head.has_batch_norm or patch_mean else index
-            z = teacher.head.bottleneck(teacher.backbone.forward_crops([crops], wanted=wanted)[0])
+            z = teacher.head.bottleneck(teacher.backbone.forward_crops([crops], wanted=wanted)[0], global_crops[0])
             teacher.head.last_layers(z[:global_crops[0]], z[:len(index)])
         student_cls, student_patch, *_ = student(crops, index, masks=masks, local_crops=others)
         (student_cls.sum() + student_patch.sum()).backward()

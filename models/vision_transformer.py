@@ -1,7 +1,7 @@
 """Vision transformers for iBOT: timm's `VisionTransformer` plus a mask embedding, token outputs and packed crops.
 
-Letters: B images, N patch tokens (h x w cells), D width, T tokens of all crops, R wanted ones among them, d width of an
-attention head.
+Letters: B images, N patch tokens (h x w cells), n registers, D width, T tokens of all crops, R wanted ones among them,
+d width of an attention head.
 """
 import math
 from functools import partial
@@ -67,18 +67,24 @@ class PackedBlock(Block):
 class VisionTransformer(TimmVisionTransformer):
     """ViT whose output is the class token or all tokens, and whose input patches can be masked.
 
+    With registers (Darcet et al., arXiv 2309.16588), n learned tokens without a position stand behind the class token in
+    all blocks, are never masked and never given out.
+
     Args:
         img_size: side, in pixels, of the images that the position embedding is made for; others are resampled.
         patch_size: side of a patch in pixels.
         return_all_tokens: what `forward` returns unless told otherwise.
         masked_im_modeling: own a `masked_embed` [1, D] that stands in for masked patches (the student).
+        registers: n, of `reg_token` [1, n, D].
     """
 
     def __init__(self, img_size=224, patch_size=16, drop_path_rate=0.0, return_all_tokens=False,
-                 masked_im_modeling=False, **kwargs):
+                 masked_im_modeling=False, registers=0, **kwargs):
         kwargs["num_classes"] = 0  # scripts of the original pass it too
-        super().__init__(img_size=img_size, patch_size=patch_size, drop_path_rate=drop_path_rate,
+        super().__init__(img_size=img_size, patch_size=patch_size, drop_path_rate=drop_path_rate, reg_tokens=registers,
                          norm_layer=partial(nn.LayerNorm, eps=1e-6), block_fn=PackedBlock, **kwargs)
+        if registers:  # timm gives them positions, or takes the class token's away
+            self.pos_embed = nn.Parameter(self.pos_embed.detach()[:, registers:].clone())
         self.patch_size = patch_size
         self.drop_path_rate = drop_path_rate
         self.run_block = PackedBlock.packed  # a compiled one takes its place with `compile_blocks`
@@ -89,7 +95,7 @@ class VisionTransformer(TimmVisionTransformer):
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at 1e-6
 
     def prepare_tokens(self, x, mask=None):
-        """Images [B, 3, H, W] and masks (bool [B, h, w] or None) to embedded tokens [B, 1 + N, D]."""
+        """Images [B, 3, H, W] and masks (bool [B, h, w] or None) to embedded tokens [B, 1 + n + N, D]."""
         if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
             raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} pixels do not divide into patches of {self.patch_size}")
         x = self.patch_embed.proj(x)  # [B, D, h, w]
@@ -98,11 +104,21 @@ class VisionTransformer(TimmVisionTransformer):
         if mask is not None and self.masked_embed is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.masked_embed.to(x.dtype), x)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        return self.pos_drop(x + resample_positions(self.pos_embed, height, width, self.pos_grid))
+        x = x + resample_positions(self.pos_embed, height, width, self.pos_grid)
+        if self.reg_token is not None:
+            x = torch.cat((x[:, :1], self.reg_token.expand(len(x), -1, -1), x[:, 1:]), dim=1)
+        return self.pos_drop(x)
+
+    def without_registers(self, x, dim=1):
+        """Tokens 1 + n + N along `dim` to 1 + N."""
+        if self.reg_token is None:
+            return x
+        cls, _, patches = x.tensor_split((1, self.num_prefix_tokens), dim=dim)
+        return torch.cat((cls, patches), dim=dim)
 
     def forward(self, x, mask=None, return_all_tokens=None):
         """Normed tokens [B, 1 + N, D], or the class token [B, D]. Without `mask` nothing is masked."""
-        x = self.norm(self.blocks(self.prepare_tokens(x, mask)))
+        x = self.norm(self.without_registers(self.blocks(self.prepare_tokens(x, mask))))
         return x if (self.return_all_tokens if return_all_tokens is None else return_all_tokens) else x[:, 0]
 
     def compile_blocks(self, recompute="none", backend="inductor"):
@@ -125,7 +141,7 @@ class VisionTransformer(TimmVisionTransformer):
         shapes = tuple((len(x), x.shape[1]) for x in tokens)
         x = torch.cat([x.flatten(0, 1) for x in tokens])  # [T, D]
         x = x.to(self.residual_dtype or x.dtype)
-        rows = None if wanted is None else wanted_rows(shapes, wanted)
+        rows = self._rows(shapes, wanted, x.device)
         if rows is not None:
             torch._dynamo.maybe_mark_dynamic(rows, 0)  # the one size that changes from step to step
         scales = self._drop_scales(shapes, x.device)
@@ -135,7 +151,18 @@ class VisionTransformer(TimmVisionTransformer):
                 x = checkpoint(self.run_block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self.run_block(*inputs)
-        return self.norm(x), shapes
+        return self.norm(x), tuple((B, length - self.num_reg_tokens) for B, length in shapes)
+
+    def _rows(self, shapes, wanted, device):
+        """Rows of the tokens that `forward_crops` gives out; None where these are all."""
+        if wanted is not None:
+            return wanted_rows(shapes, wanted, self.num_prefix_tokens)
+        if self.reg_token is None:
+            return None
+        rows = torch.arange(sum(B * length for B, length in shapes), device=device)
+        parts = rows.split([B * length for B, length in shapes])
+        return torch.cat([self.without_registers(part.view(shape)).flatten()
+                          for part, shape in zip(parts, shapes, strict=True)])
 
     def _drop_scales(self, shapes, device):
         """Factors of drop path for the tokens of all crops: `depth` tensors [2, T, 1], or None without it."""
@@ -159,16 +186,18 @@ class VisionTransformer(TimmVisionTransformer):
             else:
                 x = block(x)
             if i in wanted:
-                taps.append(self.norm(x) if norm else x)
+                tokens = self.without_registers(x)
+                taps.append(self.norm(tokens) if norm else tokens)
         return taps
 
     def get_last_selfattention(self, x):
-        """Attention of the last block, [B, heads, 1 + N, 1 + N]; rows sum to 1."""
+        """Attention of the last block, [B, heads, 1 + N, 1 + N]; rows sum to 1, less what they give to registers."""
         x = self.blocks[:-1](self.prepare_tokens(x))
         attention, x = self.blocks[-1].attn, self.blocks[-1].norm1(x)
         B, T, _ = x.shape
         q, k, _ = attention.qkv(x).reshape(B, T, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
-        return (q @ k.transpose(-2, -1) * attention.scale).softmax(dim=-1)
+        weights = (q @ k.transpose(-2, -1) * attention.scale).softmax(dim=-1)
+        return self.without_registers(self.without_registers(weights, dim=2), dim=3)
 
 
 def vit_nano(**kwargs):

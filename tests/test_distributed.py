@@ -14,6 +14,7 @@ import loader
 import main_ibot
 import models
 import utils
+import variants
 from models.head import SumOverProcesses
 
 
@@ -25,9 +26,11 @@ def steps(rank, world_size, accum_iter, norm, variant, folder):
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{accum_iter}", rank=rank, world_size=world_size)
     torch.manual_seed(0)
 
+    sharing = variants.HEADS["full" if variant[0] else "shared"]
+
     def network(**kwargs):
         backbone = models.vit_nano(patch_size=8, img_size=32, **kwargs)
-        return models.MultiCropWrapper(backbone, models.iBOTHead(96, 32, norm=norm, norm_last_layer=False, shared_head=True))
+        return models.MultiCropWrapper(backbone, models.iBOTHead(96, 32, 32, norm=norm, norm_last_layer=False, **sharing))
     student, teacher = network(masked_im_modeling=True), network().requires_grad_(False)
     ema = utils.ema_pairs(student, teacher)
     ddp = engine.data_parallel(student, torch.device("cpu"), accum_iter) if world_size > 1 else student

@@ -26,6 +26,7 @@ from torch import multiprocessing
 
 import engine
 import models
+import utils
 from benchmarks.faults import differences, everything
 from evaluation import eval_cls
 from evaluation.classification_layer_decay import run_class_finetuning
@@ -86,7 +87,7 @@ def test_groups_of_every_parameter(arch, depths, rho, pooling, monkeypatch):
         backbone = models.build_backbone(arch)
         model = classifier.Classifier(backbone, torch.nn.Linear(backbone.embed_dim, 1000), mean_pooling=pooling)
     L, found = sum(depths), {}
-    groups = classifier.parameter_groups(model, rho, decay_positions=False)
+    groups = utils.get_params_groups(model, rho, decay_positions=False)
     for group in groups:
         for parameter in group["params"]:
             found[id(parameter)] = (group["lr_scale"], group["decayed"])
@@ -100,7 +101,7 @@ def test_groups_of_every_parameter(arch, depths, rho, pooling, monkeypatch):
         assert decayed is not vector, name
     assert len(groups) == 2 * (L + 2) and groups[0]["lr_scale"] == pytest.approx(rho ** (L + 1))
     assert any("relative_position_bias_table" in name for name in names) == arch.startswith("swin")
-    plain = classifier.parameter_groups(model, 1.0, decay_positions=True)
+    plain = utils.get_params_groups(model, 1.0)
     assert [group["lr_scale"] for group in plain] == [1.0, 1.0] and [group["decayed"] for group in plain] == [True, False]
     if not arch.startswith("swin"):
         in_decayed = {id(p) for p in plain[0]["params"]}
@@ -111,7 +112,7 @@ def test_groups_of_every_parameter(arch, depths, rho, pooling, monkeypatch):
 
 def test_factors_of_vit_base():
     """Section 18: 0.65^13 for the embeddings, 0.65^12 for block 0, 0.65 for block 11, 1 for norm and head."""
-    ids = [classifier.layer_id(name, [12]) for name in ("backbone.pos_embed", "backbone.blocks.0.norm1.weight",
+    ids = [utils.layer_id(name, [12]) for name in ("backbone.pos_embed", "backbone.blocks.0.norm1.weight",
                                                       "backbone.blocks.11.mlp.fc1.bias", "backbone.norm.weight", "head.weight")]
     assert [13 - i for i in ids] == [13, 12, 1, 0, 0]
 
@@ -302,7 +303,7 @@ def test_layers_of_the_projection_head(layers, pretrained):
     assert model.head.fc.in_features == {1: 40, 2: 40, 3: 24}[layers] and model.head.fc.weight.std() < 0.0125
     torch.testing.assert_close(model.eval()(images), x @ model.head.fc.weight.T + model.head.fc.bias, rtol=1e-4, atol=1e-6)
     assert all(p.requires_grad for p in model.parameters())
-    ids = {classifier.layer_id(name, [4]) for name, _ in model.named_parameters() if name.startswith("head")}
+    ids = {utils.layer_id(name, [4]) for name, _ in model.named_parameters() if name.startswith("head")}
     assert ids == {5} and source.key == "teacher"
 
 
@@ -310,7 +311,7 @@ def test_layers_of_the_projection_head(layers, pretrained):
 def test_every_parameter_learns(words):
     torch.manual_seed(0)
     model, _ = finetune.build_network(parse("--init_scale", 1, "--drop_path", 0, *words), "random", {}, 10)
-    optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0)
+    optimizer = torch.optim.AdamW(utils.get_params_groups(model, 0.75, decay_positions=False), lr=0.0)
     batch = (torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))
     losses = [finetune.train_step(iter([batch]), finetune.Training(model, optimizer), 1e-3, 0.0)["loss"] for _ in range(3)]
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -326,7 +327,7 @@ def test_first_updates_equal_plain_adamw():
     theta = {name: p.detach().clone() for name, p in model.named_parameters()}
     mean = {name: torch.zeros_like(p) for name, p in theta.items()}
     square, ema = {name: torch.zeros_like(p) for name, p in theta.items()}, {name: p.clone() for name, p in theta.items()}
-    optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, decay_positions=False), lr=0.0)
+    optimizer = torch.optim.AdamW(utils.get_params_groups(model, 0.75, decay_positions=False), lr=0.0)
     torch.manual_seed(3)
     for t, (lr, wd) in enumerate(((1e-2, 0.05), (5e-3, 0.1)), start=1):
         batches = [(torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(10, (4,))) for _ in range(2)]
@@ -345,7 +346,7 @@ def test_first_updates_equal_plain_adamw():
         assert norm > 0.5 and means["class_acc"] == (logits.argmax(1) == labels).float().mean()
         for name, p in theta.items():
             g = gradients[name] * 0.5 / (norm + 1e-6)
-            own = lr * 0.75 ** (5 - classifier.layer_id(name, [4]))
+            own = lr * 0.75 ** (5 - utils.layer_id(name, [4]))
             plain = p.ndim == 1 or name.endswith("bias") or name in ("backbone.pos_embed", "backbone.cls_token")
             mean[name] = 0.9 * mean[name] + 0.1 * g
             square[name] = 0.999 * square[name] + 0.001 * g * g
@@ -360,7 +361,7 @@ def test_first_updates_equal_plain_adamw():
 
 def test_update_with_numbers_that_are_not_finite_is_not_made():
     model = nano()
-    optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 1.0, False), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(utils.get_params_groups(model, 1.0, decay_positions=False), lr=0.0, fused=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images = torch.randn(4, 3, 32, 32)
     training = finetune.Training(model, optimizer)
@@ -377,7 +378,7 @@ def test_mixed_precision(dtype):
     for amp_dtype in (None, dtype):
         model = nano()
         model.head.register_forward_hook(lambda m, given, out: seen.update(logits=out.dtype))
-        optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
+        optimizer = torch.optim.AdamW(utils.get_params_groups(model, 0.75, decay_positions=False), lr=0.0, fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if amp_dtype is torch.float16 else None
         found[amp_dtype] = finetune.train_step(
             iter([batch]), finetune.Training(model, optimizer, scaler, amp_dtype=amp_dtype), 1e-3, 0.0)
@@ -582,7 +583,7 @@ def test_validation_counts_every_image_once(digits):
 def three_steps(rank, world_size, accum_iter, folder):
     model = nano().double()
     network = engine.data_parallel(model, torch.device("cpu"), accum_iter) if world_size > 1 else model
-    optimizer = torch.optim.AdamW(classifier.parameter_groups(model, 0.75, False), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(utils.get_params_groups(model, 0.75, decay_positions=False), lr=0.0, fused=True)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import engine
 import loader
 import main_ibot
 import models
@@ -17,14 +18,15 @@ NANO = partial(models.vit_nano, patch_size=8, img_size=32)
 TEMPS, PATCH_TEMPS = np.array([0.05, 0.06]), np.array([0.04, 0.07])
 
 
-def build(G, L, shared=True, shared_teacher=True, norm=None, last_layer_free=True, patch_out_dim=K, seed=0, backbone=NANO, **kwargs):
+def build(G, L, shared=True, shared_teacher=True, norm=None, last_layer_free=True, patch_out_dim=K, seed=0, backbone=NANO, common_layers=3,
+          **kwargs):
     """A tiny float64 student and teacher with unlike weights, and a loss with centres that are not zero."""
     torch.manual_seed(seed)
 
     def network(shared, **extra):
         trunk = backbone(**extra)
         head = models.iBOTHead(trunk.embed_dim, K, patch_out_dim=patch_out_dim, norm=norm, norm_last_layer=not last_layer_free,
-                               shared_head=shared, hidden_dim=32, bottleneck_dim=8)
+                               shared_head=shared, hidden_dim=32, bottleneck_dim=8, common_layers=3 if shared else common_layers)
         network = models.MultiCropWrapper(trunk, head)
         for p in network.parameters():
             p.data += 0.05 * torch.randn_like(p)
@@ -90,8 +92,16 @@ CASES = {
     "one global crop": dict(G=1, L=2),
     "separate heads": dict(G=2, L=2, shared=False, shared_teacher=False, patch_out_dim=17),
     "semi-shared heads": dict(G=2, L=2, shared=False, shared_teacher=True),
+    "third layers too": dict(G=2, L=2, shared=False, shared_teacher=False, patch_out_dim=17, common_layers=2),
+    "third layers too, semi-shared": dict(G=2, L=2, shared=False, shared_teacher=True, common_layers=2),
+    "third layers too, batch norm": dict(G=2, L=2, shared=False, shared_teacher=False, common_layers=2, norm="bn"),
+    "nothing shared": dict(G=2, L=2, shared=False, shared_teacher=False, patch_out_dim=17, common_layers=0),
+    "nothing shared, batch norm, no mask at all": dict(G=2, L=1, shared=False, shared_teacher=False, common_layers=0, norm="bn",
+                                                       masks=lambda m: m.fill_(False)),
     "layer norm in the head": dict(G=2, L=2, norm="ln"),
     "batch norm in the head": dict(G=2, L=2, norm="bn"),
+    "registers": dict(G=2, L=2, backbone=partial(NANO, registers=3)),
+    "registers, batch norm": dict(G=2, L=2, backbone=partial(NANO, registers=3), norm="bn", shared=False, shared_teacher=False, common_layers=0),
     "no mask in one crop": dict(G=2, L=1, masks=lambda m: m[1].fill_(False)),
     "no mask at all": dict(G=2, L=1, masks=lambda m: m.fill_(False)),
     "all masked": dict(G=2, L=1, masks=lambda m: m.fill_(True)),
@@ -158,9 +168,10 @@ def test_ablations_of_the_loss():
     assert torch.allclose(loss(center_momentum=0.8)[1].center.flatten(), 0.2 * t_cls.mean(0))
 
 
-def test_no_patch_loss_leaves_patches_out():
+@pytest.mark.parametrize("common_layers", [3, 0])
+def test_no_patch_loss_leaves_patches_out(common_layers):
     """With lambda2 0 no patch reaches the last layer, and the step still gives every gradient."""
-    student, teacher, ibot_loss = build(2, 1, shared=False, shared_teacher=False, lambda2=0.0)
+    student, teacher, ibot_loss = build(2, 1, shared=False, shared_teacher=False, lambda2=0.0, common_layers=common_layers)
     seen = []
     student.head.last_layer2.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     before = ibot_loss.center2.clone()
@@ -223,6 +234,71 @@ def test_parameter_groups_follow_the_rule():
             assert id(p) in plain
         else:
             assert id(p) in decayed, name  # position, class and mask embeddings included
+
+
+def plain_factor(name, depths, decay, patch_embed):
+    """DINOv2's rule, for a parameter of a whole network: decay ** (blocks above it), embeddings below all, the rest 1."""
+    depth = sum(depths)
+    words = name.removeprefix("backbone.").split(".")
+    if words[0] in ("cls_token", "pos_embed", "masked_embed"):
+        return decay ** (depth + 1)
+    if words[0] == "patch_embed":
+        return patch_embed * decay ** (depth + 1)
+    if words[0] == "blocks":
+        return decay ** (depth - int(words[1]))
+    if words[0] == "layers":  # of a Swin; merging goes with the block before it
+        stage = int(words[1])
+        return decay ** (depth - sum(depths[:stage]) - (depths[stage] - 1 if words[2] == "downsample" else int(words[3])))
+    assert name.startswith(("head.", "backbone.norm."))
+    return 1.0
+
+
+@pytest.mark.parametrize("arch, depths", [("vit_small", [12]), ("swin_tiny", [2, 2, 6, 2])])
+@pytest.mark.parametrize("decay, patch_embed", [(0.9, 0.2), (1.0, 0.2), (0.9, 1.0)])
+def test_rates_by_layer(arch, depths, decay, patch_embed):
+    """Factors of the rate by name, each parameter once; decayed ones as without them, the teacher's none."""
+    args = main_ibot.get_args_parser().parse_args(["--data_path", ".", "--arch", arch, "--out_dim", "16", "--head_hidden_dim", "8"])
+    student, teacher = main_ibot.build_networks(args)
+    groups = utils.get_params_groups(student, decay, patch_embed)
+    found = {id(p): (group["lr_scale"], group["decayed"]) for group in groups for p in group["params"]}
+    names = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
+    assert len({(group["lr_scale"], group["decayed"]) for group in groups}) == len(groups)
+    without = {id(p) for p in utils.get_params_groups(student)[0]["params"]}
+    for name, p in names.items():
+        scale, decayed = found[id(p)]
+        assert scale == pytest.approx(plain_factor(name, depths, decay, patch_embed), rel=1e-12), name
+        assert decayed == (id(p) in without), name
+    assert [len(g["params"]) for g in utils.get_params_groups(teacher)] == []
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_step_has_the_ratio_of_the_rates(name):
+    """Of AdamW and SGD a first update is proportional to the rate; of LARS too, by tensor."""
+    moved = []
+    for factors in ((), (0.5, 0.1)):
+        student, teacher, ibot_loss = build(2, 1)
+        before = {name: p.detach().clone() for name, p in student.named_parameters()}
+        torch.manual_seed(1)
+        main_ibot.train_step(
+            [make_batch(2, 1, some_masks(2))],
+            main_ibot.Training(student, teacher, utils.ema_pairs(student, teacher), ibot_loss, utils.build_optimizer(
+                name, utils.get_params_groups(student, *factors), torch.device("cpu"))),
+            epoch=0, lr=0.1, weight_decay=0.1, momentum=0.9, clip_grad=3.0, freeze_last_layer=False)
+        moved.append({name: p.detach() - before[name] for name, p in student.named_parameters()})
+    for parameter, step in moved[0].items():
+        assert step.any() and torch.allclose(moved[1][parameter], plain_factor(parameter, [4], 0.5, 0.1) * step, atol=1e-12), parameter
+
+
+def test_resumed_rates_are_those_of_the_flags():
+    """A checkpoint's groups count their parameters; factors are the running command's."""
+    student, _, _ = build(2, 1)
+    old, new, plain = (utils.build_optimizer("adamw", utils.get_params_groups(student, decay), torch.device("cpu"))
+                       for decay in (0.9, 0.8, 1.0))
+    engine.load_optimizer(new, old.state_dict(), "a.pth")
+    assert [group["lr_scale"] for group in new.param_groups[::2]] == pytest.approx([0.8 ** i for i in range(5, -1, -1)])
+    with pytest.raises(engine.InputError, match=r"a.pth: its optimizer has groups of \[4, 1, .*\] parameters, this run \["):
+        engine.load_optimizer(plain, old.state_dict(), "a.pth")
 
 
 def test_freezing_holds_the_last_layer_only():

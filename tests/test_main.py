@@ -158,11 +158,11 @@ VARIANTS = [
     ["--shared_head", "false", "--shared_head_teacher", "false", "--patch_out_dim", "32"],
     ["--shared_head", "false", "--shared_head_teacher", "true"],
     ["--shared_head", "true", "--shared_head_teacher", "false", "--pred_shape", "rand"],
-    ["--norm_in_head", "bn", "--act_in_head", "relu"],
-    ["--norm_in_head", "syncbn", "--optimizer", "sgd"],
-    ["--norm_in_head", "ln", "--optimizer", "lars"],
+    ["--norm_in_head", "bn", "--act_in_head", "relu", "--head_sharing", "full"],
+    ["--norm_in_head", "syncbn", "--optimizer", "sgd", "--layer_decay", "0.9", "--patch_embed_lr", "0.2"],
+    ["--norm_in_head", "ln", "--optimizer", "lars", "--head_sharing", "mlp2", "--head_sharing_teacher", "mlp2"],
     ["--use_masked_im_modeling", "false", "--clip_grad", "0"],
-    ["--lambda1", "0"],
+    ["--lambda1", "0", "--registers", "4"],
     ["--lambda2", "0"],
     ["--global_crops_number", "3", "--local_crops_number", "0"],
     ["--amp_dtype", "bfloat16", "--patch_targets", "hard"],
@@ -425,7 +425,7 @@ def test_overwrite_starts_over(digits, tmp_path):
 # ---------------------------------------------------------------- speed and the machine
 
 @pytest.mark.parametrize("flags", [
-    [], ["--patch_centering", "false", "--local_crops_number", "0"], ["--lambda2", "0", "--norm_in_head", "bn"],
+    [], ["--patch_centering", "false", "--local_crops_number", "0"], ["--head_sharing", "full", "--head_sharing_teacher", "full", "--registers", "2"], ["--lambda2", "0", "--norm_in_head", "bn"],
     ["--arch", "swin_tiny", "--global_crops_size", "64", "--local_crops_size", "32", "--local_crops_number", "1"]])
 def test_operations_are_those_of_a_step(flags):
     """Against a real step on the CPU; attention is counted in products, as fused kernels are not by every torch."""

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_loss import B, build, make_batch, some_masks
+from test_loss import NANO, B, build, make_batch, some_masks
 from timm.layers import DropPath
 from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch.nn import functional as F
@@ -120,7 +120,7 @@ def test_pieces_of_the_patch_loss(hard):
 
 # Two shifted blocks in each of two stages; 64 pixels are 16 x 16 tokens, which do not divide into windows of 7.
 SWIN = partial(models.swin_transformer.SwinTransformer, embed_dim=12, depths=(2, 2, 1, 1), num_heads=(1, 1, 2, 2), drop_path_rate=0.3)
-HEADS = {"shared": {}, "separate": {"shared": False, "shared_teacher": False, "patch_out_dim": 17}, "bn": {"norm": "bn"}, "ln": {"norm": "ln"}}
+HEADS = {"shared": {}, "separate": {"shared": False, "shared_teacher": False, "patch_out_dim": 17, "common_layers": 2}, "bn": {"norm": "bn"}, "ln": {"norm": "ln"}}
 
 
 def swin_batch(local):
@@ -138,8 +138,8 @@ def test_compiled_networks_are_the_same(arch, head, recompute):
     """Two steps with drop path and masks: every kind of head, every choice of what is computed again."""
     torch.manual_seed(4)
     batches = [make_batch(2, 1, some_masks(2)) if arch == "vit" else swin_batch(local=head == "shared") for _ in range(2)]
-    backbone = {} if arch == "vit" else {"backbone": SWIN}
-    networks = build(2, 1, **HEADS[head], **backbone)
+    backbone = SWIN if arch == "swin" else partial(NANO, registers=2) if head == "separate" else NANO
+    networks = build(2, 1, **HEADS[head], backbone=backbone)
     plain = copy.deepcopy(networks)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

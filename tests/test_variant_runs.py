@@ -24,6 +24,8 @@ VARIANTS = {
     "default": [], "all": ["--mask_crops", "all"], "one": ["--mask_crops", "one", "--pred_ratio_per", "image"],
     "position": ["--patch_match", "position", *UNMASKED],
     "feature": ["--patch_match", "feature", *UNMASKED, "--shared_head", "false", "--shared_head_teacher", "false"],
+    "full": ["--head_sharing", "full", "--head_sharing_teacher", "full", "--registers", "2", "--mask_crops", "all"],
+    "mlp2": ["--head_sharing", "mlp2", "--head_sharing_teacher", "mlp2", "--layer_decay", "0.9", "--patch_embed_lr", "0.2"],
     "mpp": ["--tokenizer", "mpp"],
     "tokens_alone": ["--tokenizer", "mpp", "--lambda1", "0", "--local_crops_number", "0", "--global_crops_number", "1"],
 }
@@ -95,7 +97,7 @@ def plain_patch_loss(name, student, teacher, samples):
                 found = tokenizers.MeanColour(8).of_crops(crops[g][None, None], torch.arange(16))
                 losses = [F.cross_entropy(student.head.token(own[i]), found[i]) for i in range(16)]
             else:
-                other = tokens(teacher, crops[g if name in ("default", "all", "one") else 1 - g])
+                other = tokens(teacher, crops[1 - g if name in ("position", "feature") else g])
                 match = list(range(len(own)))
                 if name == "position":
                     match = grids[g].flatten().tolist()
@@ -123,7 +125,7 @@ def test_step_follows_the_plain_definition(name, folder):
         expected = plain_patch_loss(name, student, teacher, samples)
         seen = [torch.stack(position) for position in zip(*(crops for crops, *_ in samples), strict=True)]
         seen = [teacher.backbone(loader.normalize(crops).double(), return_all_tokens=True)
-                for crops in seen[:G + L if name == "all" else G]]
+                for crops in seen[:G + L if args.mask_crops == "all" else G]]
         center = torch.cat([teacher.head(x)[1].flatten(0, 1) for x in seen]).mean(dim=0)
     means, signs, *_ = step(student, teacher, ibot_loss, batch_of(samples, args, tokenizer))
     torch.testing.assert_close(means["patch"], expected, rtol=1e-6, atol=0)

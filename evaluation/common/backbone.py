@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 import engine
 import models
@@ -14,6 +15,7 @@ from images import IMAGENET, PixelStats, normalize, stored_pixel_stats
 
 RANDOM_SEED = 0  # the untrained baseline is one fixed network, the same in every process
 MOST_CELLS = 512  # patches along a side of the images that a checkpoint was trained on
+MOST_REGISTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
         raise engine.InputError(f"--image_size {image_size} does not divide into patches of {patch_size} pixels")
 
     sizes = f"window {window_size}" if is_swin else f"patch {patch_size}"
+    if state is not None and registers_of(state):
+        sizes += f", {registers_of(state)} registers"
     if state is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
@@ -87,7 +91,8 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
         source = f"untrained, random weights (seed {RANDOM_SEED})"
     else:
         trained_size = 224 if is_swin else _trained_image_size(state, patch_size, weights)
-        model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=trained_size)
+        model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=trained_size,
+                                      registers=registers_of(state))
         try:
             engine.load_backbone(model, state, weights)
         except engine.InputError as error:
@@ -99,6 +104,12 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     model = model.float().eval().requires_grad_(False)
     return EvaluatedBackbone(model, key, weights_hash(model), arch, patch_size, window_size, image_size, stats,
                              {} if state is None else recipes.as_settings(stored, checkpoint.get("epoch")))
+
+
+def registers_of(state, prefix=""):
+    """How many registers a ViT's state dictionary has; at most MOST_REGISTERS, loading will say if there are more."""
+    token = state.get(f"{prefix}reg_token")
+    return min(token.shape[1], MOST_REGISTERS) if torch.is_tensor(token) and token.ndim == 3 else 0
 
 
 def _shown(value):
@@ -115,7 +126,14 @@ def weights_hash(model):
 
 
 def _reference_names(state):
-    """timm's names of Swin weights to the reference's: there, patch merging belongs to the stage that it ends."""
+    """timm's names and shapes to this project's.
+
+    A Swin's patch merging belongs here to the stage that it ends; a ViT with registers has a position for its class token.
+    """
+    positions = state.get("pos_embed")
+    if "reg_token" in state and positions is not None and positions.ndim == 3:
+        if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+            state = state | {"pos_embed": F.pad(positions, (0, 0, 1, 0))}
     merging = re.compile(r"^layers\.(\d+)\.downsample\.")
     if any(merging.match(name)[1] == "0" for name in state if merging.match(name)):
         return state

@@ -11,6 +11,7 @@ from torch import nn
 
 import engine
 import models
+import utils
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.clustering import load_projection_head
 
@@ -104,15 +105,9 @@ def resize_positions(pos_embed, rows, columns=None):
     return torch.cat((pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
-def blocks_of(backbone):
-    """The blocks of each stage, from the input on; a ViT is one stage."""
-    backbone = getattr(backbone, "body", backbone)  # of a `dense.DenseBackbone`
-    return [list(stage.blocks) for stage in backbone.layers] if hasattr(backbone, "layers") else [list(backbone.blocks)]
-
-
 def set_dropout(backbone, drop_path, drop, attn_drop):
     """Stochastic depth rising linearly from 0 at the first block to `drop_path` (None: as it is), and dropout."""
-    blocks = [block for stage in blocks_of(backbone) for block in stage]
+    blocks = [block for stage in utils.blocks_of(backbone) for block in stage]
     for i, block in enumerate(blocks):
         if drop_path is not None:
             rate = drop_path * (i / max(len(blocks) - 1, 1))
@@ -122,63 +117,14 @@ def set_dropout(backbone, drop_path, drop, attn_drop):
     backbone.pos_drop.p = drop
 
 
-# ---------------------------------------------------------------- groups of parameters
-
-def backbone_name(name):
-    """Name of a parameter of a network in its backbone alone; others as they are."""
-    return name.removeprefix("backbone.").removeprefix("body.")
-
-
-def layer_id(name, depths):
-    """Place of a parameter in the network: 0 for the embeddings, i + 1 for block i, L + 1 for norms and heads.
-
-    `name` is that in `Classifier`, or in a network on a `dense.DenseBackbone`; depths: blocks of each stage. The patch
-    merging after a stage of a Swin counts as part of its last block.
-    """
-    name = backbone_name(name)
-    words = name.split(".")
-    if words[0] in ("cls_token", "pos_embed", "patch_embed", "masked_embed"):
-        return 0
-    if words[0] == "blocks":
-        return int(words[1]) + 1
-    if words[0] == "layers":
-        stage = int(words[1])
-        return sum(depths[:stage]) + (int(words[3]) + 1 if words[2] == "blocks" else depths[stage])
-    return sum(depths) + 1
-
-
-def is_decayed(name, parameter, decay_positions):
-    """Whether weight decay applies: not to vectors, biases and, unless `decay_positions`, to positions and [CLS] token."""
-    name = backbone_name(name)
-    return not (parameter.ndim == 1 or name.endswith(".bias")
-                or not decay_positions and name in ("pos_embed", "cls_token"))
-
-
-def parameter_groups(model, layer_decay, decay_positions):
-    """AdamW's groups of a `Classifier`: parameters whose rate and decay are the same, from the input on.
-
-    Each has "lr_scale", layer_decay^(L + 1 - layer id), and "decayed"; the rate and the decay are set at each step.
-    """
-    depths = [len(stage) for stage in blocks_of(model.backbone)]
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
-        decayed = is_decayed(name, parameter, decay_positions)
-        group = groups.setdefault((scale, decayed), {"params": [], "lr_scale": scale, "decayed": decayed})
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
-
-
 def layer_table(model, layer_decay, decay_positions):
     """Text that shows of each layer id the factor of its rate, and its decayed and other parameters."""
-    depths = [len(stage) for stage in blocks_of(model.backbone)]
+    depths = [len(stage) for stage in utils.blocks_of(model.backbone)]
     top = sum(depths) + 1
     rows = {i: ([], []) for i in range(top + 1)}
     for name, parameter in model.named_parameters():
-        plain = not is_decayed(name, parameter, decay_positions)
-        rows[layer_id(name, depths)][plain].append(backbone_name(name))
+        plain = not utils.is_decayed(name, parameter, decay_positions)
+        rows[utils.layer_id(name, depths)][plain].append(utils.backbone_name(name))
     lines = ["layer  rate x   decayed  not  parameters"]
     for i, (decayed, plain) in rows.items():
         shown = sorted({".".join(name.split(".")[:4 if name.startswith("layers") else 2]) for name in decayed + plain})

@@ -14,7 +14,7 @@ MAX_BLOCK = 64_000_000  # floats of the largest intermediate: 256 MB
 def load_projection_head(checkpoint, key, path, patches=False, hint=""):
     """The projection head of the network under `key` of a checkpoint that was read from `path`.
 
-    It is the one for [CLS] tokens; with `patches` its last layer is the one for patch tokens, if these have their own.
+    It is the one for [CLS] tokens; with `patches` its layers are those for patch tokens, where these have their own.
     Sizes and norms follow from the weights, the activation from the checkpoint's `args` (GELU if it has none). Heads of
     iBOT and of DINO are read. Raises InputError if there is none, with the `hint` what to do, or if names are missing.
     """
@@ -22,7 +22,11 @@ def load_projection_head(checkpoint, key, path, patches=False, hint=""):
                                   if name.startswith("head.")}, "head.")
     own = "last_layer2." if patches and "last_layer2.weight_v" in names else "last_layer."
     state = {name.replace(own, "last_layer."): value for name, value in names.items()
-             if name.startswith(own) or not name.startswith("last_layer")}
+             if name.startswith(own) or not name.startswith(("last_layer", "mlp_patch."))}
+    if patches:
+        own = {name.replace("mlp_patch.", "mlp."): value for name, value in names.items() if name.startswith("mlp_patch.")}
+        layers = tuple(name.rpartition(".")[0] + "." for name in own)
+        state = {name: value for name, value in state.items() if not name.startswith(layers)} | own
     missing = [name for name in ("mlp.0.weight", "last_layer.weight_v") if name not in state]
     if missing:
         raise engine.InputError(f"checkpoint {path}: key {key!r} holds no projection head (missing: head."

@@ -213,12 +213,12 @@ def finish_update(training, loss=None):
 
 
 def parameter_groups(model, layer_decay):
-    """AdamW's groups of a network with a `DenseBackbone` as `backbone`: see `classifier.parameter_groups`; frozen: none.
+    """AdamW's groups of a network with a `DenseBackbone` as `backbone`: see `utils.get_params_groups`; frozen: none.
 
     A Swin's network has one rate, and all is decayed but norms and tables of positions, by their names.
     """
     if not model.backbone.is_swin:
-        return classifier.parameter_groups(model, layer_decay, decay_positions=True)
+        return utils.get_params_groups(model, layer_decay)
     groups = {decayed: {"params": [], "lr_scale": 1.0, "decayed": decayed} for decayed in (True, False)}
     for name, parameter in model.named_parameters():
         groups["norm" not in name and "relative_position_bias_table" not in name]["params"].append(parameter)

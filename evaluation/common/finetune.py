@@ -31,7 +31,7 @@ import utils
 from evaluation.common.arguments import checkpoint_keys
 from evaluation.common.augment import AugmentedSet, UpdateBatches, train_transform, val_transform
 from evaluation.common.backbone import read_weights
-from evaluation.common.classifier import blocks_of, build_network, layer_table, parameter_groups
+from evaluation.common.classifier import build_network, layer_table
 from evaluation.common.features import sharded_loader
 from evaluation.common.finetune_flags import check_args, is_mixing
 from evaluation.common.protocol import read_sets, start_process
@@ -414,8 +414,8 @@ def run_one(run, args, protocol, key, content, sets):
 
     # ============ schedules, optimizer ============
     schedules, notes = build_schedules(args, args.lr, steps, total_batch)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.layer_decay, args.decay_positions), lr=0.0,
-                                  fused=device.type in ("cuda", "cpu"))
+    groups = utils.get_params_groups(model, args.layer_decay, decay_positions=args.decay_positions)
+    optimizer = utils.build_optimizer("adamw", groups, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     average = copy.deepcopy(model).requires_grad_(False).eval() if args.model_ema else None
 
@@ -430,7 +430,7 @@ def run_one(run, args, protocol, key, content, sets):
     settings = shared_settings(args, source, *sets) | {
         "lr": args.lr, "total_batch": run.progress["total_batch"] if finished else total_batch} | {
         name: getattr(args, name) for name in RECORDED} | {
-        "drop_path": getattr(blocks_of(model.backbone)[-1][-1].drop_path1, "drop_prob", 0.0)}
+        "drop_path": getattr(utils.blocks_of(model.backbone)[-1][-1].drop_path1, "drop_prob", 0.0)}
     if finished:
         if run.is_main:
             print(f"{run.where()}; best {described(run.progress['best'])}", flush=True)

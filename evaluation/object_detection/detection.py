@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import engine
 import models
 from evaluation.common.arguments import int_from, probability
+from evaluation.common.backbone import registers_of
 from evaluation.common.dense import DenseBackbone, dense_parser, filled, load_dense_backbone
 from evaluation.object_detection.cascade import CascadeMaskRCNN, paste_mask
 from evaluation.object_detection.coco import Categories, as_results, average_precision, collate, truth_of
@@ -131,7 +132,8 @@ def load_detector(path):
     stats = PixelStats(tuple(network.get("mean", ())), tuple(network.get("std", ())))
     check_pixel_stats(stats, f"checkpoint {path}: its mean", f"checkpoint {path}: its std")
     body = models.build_backbone(network["arch"], network["patch_size"], network["window_size"],
-                                 img_size=network["patch_size"])  # a ViT's positions: one cell, which becomes the grid
+                                 img_size=network["patch_size"],  # a ViT's positions: one cell, which becomes the grid
+                                 registers=registers_of(content["model"], "backbone.body."))
     backbone = DenseBackbone(body, grid=grid, final_norm=network.get("final_norm") is True)
     detector = build_detector(backbone, len(names), network)
     engine.load_strictly(detector, content["model"], path)

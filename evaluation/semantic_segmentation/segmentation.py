@@ -12,6 +12,7 @@ import engine
 import models
 from evaluation.common import davis
 from evaluation.common.arguments import int_from
+from evaluation.common.backbone import registers_of
 from evaluation.common.dense import DenseBackbone, dense_parser, filled, load_dense_backbone
 from evaluation.semantic_segmentation.ade20k import (
     IGNORED,
@@ -157,7 +158,8 @@ def load_segmenter(path):
     stats = PixelStats(*(tuple(network.get(name, ())) for name in ("mean", "std")))
     check_pixel_stats(stats, f"checkpoint {path}: its mean", f"checkpoint {path}: its std")
     body = models.build_backbone(network["arch"], network["patch_size"], network["window_size"],
-                                 img_size=network["patch_size"])  # a ViT's positions: one cell, which becomes the grid
+                                 img_size=network["patch_size"],  # a ViT's positions: one cell, which becomes the grid
+                                 registers=registers_of(content["model"], "backbone.body."))
     segmenter = build(DenseBackbone(body, **backbone_options(network)), network)
     engine.load_strictly(segmenter, content["model"], path)
     return segmenter.eval(), network, content
