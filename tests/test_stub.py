@@ -61,6 +61,7 @@ ROWS = {
     "vit, two processes": [2],
     "vit, eager, two processes": [2, *EAGER],
     "heads apart": ["--shared_head", "false", "--shared_head_teacher", "false"],
+    "nothing shared, registers": ["--head_sharing", "full", "--head_sharing_teacher", "full", "--registers", "4", "--layer_decay", "0.9"],
     "layer norm in the head": ["--norm_in_head", "ln"],
     "batch norm in the head": ["--norm_in_head", "syncbn"],
     "batch norm in the head, two processes": [2, *EAGER, "--norm_in_head", "syncbn"],
