@@ -2,6 +2,8 @@
 
     python extract_backbone_weights.py work_dirs/JOB/checkpoint.pth backbone.pth --checkpoint_key teacher
     python extract_backbone_weights.py checkpoint.pth vit.safetensors --checkpoint_key teacher --format timm
+    python extract_backbone_weights.py checkpoint.pth FOLDER --checkpoint_key teacher --format hf
+    python extract_backbone_weights.py checkpoint.pth vit.onnx --checkpoint_key teacher --format onnx
 
 `--format ibot` keeps this project's names: {"state_dict": {name: tensor}} in a .pth file, {name: tensor} in a
 .safetensors file. `--format flat` is {name: tensor} in both, as the reference's fine-tuning reads them. `--format timm` is
@@ -13,42 +15,42 @@ statistics, a .pth file of `ibot` has "args" with "mean" and "std" too; .safeten
     timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
 
 (timm's Swin has eps 1e-5 by default, with which its features differ by about 2e-5 from those here).
+
+`--format hf` writes a folder for `transformers.AutoModel.from_pretrained(FOLDER)` and `AutoImageProcessor`, `--format onnx`
+a graph for any number of images; see `models/export.py`.
 """
 import argparse
-import math
+import json
 import os
-import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import engine
+import models
+from evaluation.common.arguments import int_from
+from evaluation.common.backbone import load_evaluated_backbone
 from images import IMAGENET, stored_pixel_stats
+from models.export import hf_model, hf_preprocessor, timm_state_dict, write_onnx
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description="Extract the backbone of a checkpoint", allow_abbrev=False)
     parser.add_argument("checkpoint", help="file to read (.pth or .safetensors)")
-    parser.add_argument("output", help="file to write; its ending, .pth or .safetensors, says the kind")
+    parser.add_argument("output", help="file to write, .pth or .safetensors (--format onnx: .onnx), or a new folder (hf)")
     parser.add_argument("--checkpoint_key", default="state_dict", help="entry of the checkpoint: student, teacher, ...")
     parser.add_argument("--with_head", type=engine.bool_flag, default=False, help="keep the projection head too")
-    parser.add_argument("--format", choices=("ibot", "flat", "timm"), default="ibot")
+    parser.add_argument("--format", choices=("ibot", "flat", "timm", "hf", "onnx"), default="ibot",
+                        help="ibot, flat, timm: weights; hf: a folder for transformers; onnx: a graph")
+    network = parser.add_argument_group("hf and onnx", "by default the checkpoint's own, else as in evaluations")
+    network.add_argument("--arch", choices=models.ARCHS)
+    network.add_argument("--patch_size", type=int_from(1), help="of a ViT")
+    network.add_argument("--window_size", type=int_from(1), help="of a Swin")
+    network.add_argument("--image_size", type=int_from(1), help="side of the images in pixels")
     return parser
-
-
-def timm_state_dict(state):
-    """Backbone names of this project to timm's: Swin's patch merging belongs to the stage that it begins, not ends.
-
-    Beside registers timm has no position for the class token: it goes into that token, unless it is there already.
-    """
-    state = {name: value for name, value in state.items()
-             if name != "masked_embed" and not name.endswith(("relative_position_index", "attn_mask"))}
-    positions = state.get("pos_embed") if {"reg_token", "cls_token"} <= state.keys() else None
-    if positions is not None and positions.ndim == 3 and math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:
-        state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:].clone()}  # of 1 + N
-    return {re.sub(r"^layers\.(\d{1,4})\.downsample", lambda match: f"layers.{int(match[1]) + 1}.downsample", name): value
-            for name, value in state.items()}
 
 
 def extract(checkpoint, key, path, with_head=False, timm_format=False):
@@ -71,41 +73,83 @@ def extract(checkpoint, key, path, with_head=False, timm_format=False):
     return state
 
 
+@contextmanager
+def replacing(path):
+    """A name beside `path` for a file or folder that takes its place when it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or engine.printable(error, 160)
+        raise engine.InputError(f"output {path}: cannot be written ({reason})") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(tensors, path, stats):
+    """Write a .safetensors file, with the pixel statistics, if they are not ImageNet's, in its head."""
+    if "__metadata__" in tensors:
+        raise engine.InputError(f"output {path}: a safetensors file cannot hold a tensor called __metadata__")
+    # Clones: safetensors refuses tensors that share storage, as a shared head's two names do.
+    content = save({name: value.clone().contiguous() for name, value in tensors.items()}, {"format": "pt"} | {
+        name: " ".join(map(str, values)) for name, values in stats.as_settings().items()})
+    path.write_bytes(content)  # save_file would let nobody else read the file
+
+
+def save_hf(backbone, folder):
+    """Make a folder of an `EvaluatedBackbone` for `transformers`."""
+    config, tensors = hf_model(backbone.model, backbone.arch, backbone.image_size)
+    folder.mkdir()
+    save_tensors(tensors, folder / "model.safetensors", backbone.pixel_stats)
+    for name, content in (("config.json", config),
+                          ("preprocessor_config.json", hf_preprocessor(backbone.image_size, backbone.pixel_stats))):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_arguments(args, output):
+    """Raise InputError for an output that cannot be one of this format, and for what the format does not have."""
+    endings = {"hf": (), "onnx": (".onnx",)}.get(args.format, (".pth", ".safetensors"))
+    if endings and output.suffix not in endings:
+        raise engine.InputError(f"output {output}: its name must end in {' or '.join(endings)}")
+    if args.with_head and args.format not in ("ibot", "flat"):
+        raise engine.InputError(f"--with_head true: --format {args.format} has no such head; use --format ibot")
+    if args.format == "hf" and output.exists():
+        raise engine.InputError(f"output {output}: is there already; --format hf makes a new folder")
+
+
 def main():
     args = get_args_parser().parse_args()
     output = Path(args.output)
-    if output.suffix not in (".pth", ".safetensors"):
-        raise engine.InputError(f"output {output}: its name must end in .pth or .safetensors")
-    if args.with_head and args.format == "timm":
-        raise engine.InputError("--with_head true: timm's models have no such head; use --format ibot")
+    check_arguments(args, output)
     checkpoint = engine.load_checkpoint(args.checkpoint)
     state = extract(checkpoint, args.checkpoint_key, args.checkpoint, args.with_head, args.format == "timm")
     stats = stored_pixel_stats(checkpoint, args.checkpoint)
     if output.exists() and output.samefile(args.checkpoint):
         raise engine.InputError(f"output {output}: is the checkpoint itself")
+    if args.format in ("hf", "onnx"):
+        backbone = load_evaluated_backbone(args.checkpoint, args.checkpoint_key, args.arch, args.patch_size,
+                                           args.window_size, args.image_size, checkpoint)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise engine.InputError(f"output {output}: its folder cannot be made ({error.strerror})") from error
-    if output.suffix == ".pth":
+    if output.suffix == ".pth" and args.format != "hf":
         known = {"args": stats.as_settings()} if stats != IMAGENET else {}
         engine.save_atomically({"state_dict": state, **known} if args.format == "ibot" else state, output)
     else:
-        if "__metadata__" in state:
-            raise engine.InputError(f"output {output}: a safetensors file cannot hold a tensor called __metadata__")
-        temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
-        # Clones: safetensors refuses tensors that share storage, as a shared head's two names do.
-        tensors = {name: value.clone().contiguous() for name, value in state.items()}
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"} | {
-                name: " ".join(map(str, values)) for name, values in stats.as_settings().items()})
-            os.replace(temporary, output)
-        except SafetensorError as error:
-            raise engine.InputError(f"output {output}: {engine.printable(error, 160)}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(output) as path:
+            if args.format == "hf":
+                save_hf(backbone, path)
+            elif args.format == "onnx":
+                write_onnx(backbone.model, backbone.image_size, stats, path)
+            else:
+                save_tensors(state, path, stats)
+    kind = {"timm": "timm names", "hf": "for transformers' AutoModel", "onnx": "a graph"}.get(args.format, "ibot names")
     print(f"{output}: {len(state)} tensors, {sum(value.numel() for value in state.values()) / 1e6:.2f} M values, "
-          f"{'timm' if args.format == 'timm' else 'ibot'} names; images are normalised with {stats}")
+          f"{kind}; images are normalised with {stats}")
 
 
 if __name__ == "__main__":

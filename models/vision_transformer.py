@@ -103,10 +103,10 @@ class VisionTransformer(TimmVisionTransformer):
         x = x.flatten(2).transpose(1, 2)  # [B, N, D]
         if mask is not None and self.masked_embed is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.masked_embed.to(x.dtype), x)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # not len(x): exported, B is free
         x = x + resample_positions(self.pos_embed, height, width, self.pos_grid)
         if self.reg_token is not None:
-            x = torch.cat((x[:, :1], self.reg_token.expand(len(x), -1, -1), x[:, 1:]), dim=1)
+            x = torch.cat((x[:, :1], self.reg_token.expand(x.shape[0], -1, -1), x[:, 1:]), dim=1)
         return self.pos_drop(x)
 
     def without_registers(self, x, dim=1):

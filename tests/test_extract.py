@@ -1,5 +1,6 @@
-"""Extraction: the written files give timm's own models the features of our backbones; head, keys and bad input."""
+"""Extraction: the written files give models of timm, of transformers and of ONNX the features of ours; head, bad input."""
 import argparse
+import json
 import runpy
 import sys
 from functools import partial
@@ -8,11 +9,18 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
+from analysis_data import nano
+from PIL import Image
 
 import engine
 import extract_backbone_weights
 import models
+from evaluation.common.data import eval_transform
+from images import IMAGENET, PixelStats
+from models import export
 from models.head import iBOTHead
+from models.swin_transformer import SwinTransformer
 from tests.conftest import ROOT
 
 TIMM_NAMES = {"vit_tiny": "vit_tiny_patch16_224", "swin_tiny": "swin_tiny_patch4_window7_224"}
@@ -111,14 +119,20 @@ def test_head_is_kept_on_request(checkpoints, tmp_path, monkeypatch, key, ending
     (("{checkpoint}", "{checkpoint}/a.pth", "--checkpoint_key", "teacher"), ["a.pth", "folder"]),
     (("{tmp}/none.pth", "{tmp}/a.pth"), ["none.pth"]),
     (("{checkpoint}", "{tmp}/a.pth", "--format", "timm", "--with_head", "true"), ["--with_head"]),
+    (("{checkpoint}", "{tmp}/a.pth", "--format", "onnx"), ["a.pth", ".onnx"]),
+    (("{checkpoint}", "{tmp}", "--format", "hf"), ["there already", "new folder"]),
+    (("{checkpoint}", "{checkpoint}/a", "--checkpoint_key", "teacher", "--format", "hf"), ["/a", "folder"]),
+    (("{checkpoint}", "{tmp}/a", "--checkpoint_key", "teacher", "--format", "hf", "--image_size", "40"), ["--image_size 40"]),
+    (("{swin}", "{tmp}/a", "--checkpoint_key", "teacher", "--format", "hf", "--image_size", "256"), ["256", "not supported"]),
 ])
 def test_bad_input_is_one_line(checkpoints, tmp_path, monkeypatch, arguments, words):
-    filled = [text.format(checkpoint=checkpoints["vit_tiny"][2], tmp=tmp_path) for text in arguments]
+    names = {"checkpoint": checkpoints["vit_tiny"][2], "swin": checkpoints["swin_tiny"][2], "tmp": tmp_path}
+    filled = [text.format_map(names) for text in arguments]
     with pytest.raises(engine.InputError) as caught:
         run(monkeypatch, *filled)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
-    assert not (tmp_path / "a.pth").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_reference_s_script_for_fine_tuning(checkpoints, tmp_path, monkeypatch):
@@ -131,3 +145,114 @@ def test_the_reference_s_script_for_fine_tuning(checkpoints, tmp_path, monkeypat
     assert state.keys() == student.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in student.state_dict().items())
     engine.load_backbone(student, engine.backbone_state_dict(state, "model|module", "flat.pth"), "flat.pth")  # fine-tuning reads it
+
+
+# ---------------------------------------------------------------- transformers
+
+def plain_vit(state, config, images):
+    """A ViT written out, with the names of transformers: normed tokens [B, 1 + N, D]."""
+    def linear(name, x):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], config["layer_norm_eps"])
+
+    patches = "embeddings.patch_embeddings.projection"
+    x = F.conv2d(images, state[f"{patches}.weight"], state[f"{patches}.bias"], stride=config["patch_size"])
+    x = torch.cat((state["embeddings.cls_token"].expand(len(x), -1, -1), x.flatten(2).mT), dim=1)
+    x = x + state["embeddings.position_embeddings"]
+    heads, (B, T, D) = config["num_attention_heads"], x.shape
+    for i in range(config["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}"
+        z = norm(f"{layer}.layernorm_before", x)
+        q, k, v = (linear(f"{layer}.attention.attention.{name}", z).view(B, T, heads, -1).transpose(1, 2)
+                   for name in ("query", "key", "value"))
+        z = (q @ k.mT / (D // heads) ** 0.5).softmax(dim=-1) @ v
+        x = x + linear(f"{layer}.attention.output.dense", z.transpose(1, 2).flatten(2))
+        z = F.gelu(linear(f"{layer}.intermediate.dense", norm(f"{layer}.layernorm_after", x)))
+        x = x + linear(f"{layer}.output.dense", z)
+    return norm("layernorm", x)
+
+
+@torch.inference_mode()
+def test_the_folder_for_transformers_holds_a_plain_vit(tmp_path, monkeypatch):
+    """Trained on crops of 48 pixels with positions for 32, and with pixel statistics of its own."""
+    settings = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 48, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.3]}
+    model = nano()
+    torch.save({"teacher": model.state_dict(), "args": argparse.Namespace(**settings)}, tmp_path / "c.pth")
+    run(monkeypatch, tmp_path / "c.pth", tmp_path / "new/hf", "--checkpoint_key", "teacher", "--format", "hf")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["hf"]  # no temporary folder is left
+    config, preprocessor = (json.loads((tmp_path / "new/hf" / name).read_text())
+                            for name in ("config.json", "preprocessor_config.json"))
+    images = torch.randn(3, 3, 48, 48)
+    found = plain_vit(read(tmp_path / "new/hf/model.safetensors"), config, images)
+    torch.testing.assert_close(found, model(images, return_all_tokens=True), atol=1e-5, rtol=0)
+    assert config["image_size"] == preprocessor["crop_size"]["width"] == 48
+    assert [preprocessor[f"image_{name}"] for name in ("mean", "std")] == [settings["mean"], settings["std"]]
+
+
+@pytest.mark.parametrize("arch", TIMM_NAMES)
+def test_transformers_loads_the_folder(checkpoints, tmp_path, monkeypatch, arch):
+    transformers = pytest.importorskip("transformers")
+    teacher, path = checkpoints[arch][1:]
+    run(monkeypatch, path, tmp_path / "hf", "--checkpoint_key", "teacher", "--format", "hf")
+    model, info = transformers.AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True, local_files_only=True)
+    assert not any(info.values()), info
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        found, expected = model.eval()(images), teacher(images, return_all_tokens=True)
+    tokens = expected if arch == "vit_tiny" else expected[:, 1:]
+    assert (found.last_hidden_state - tokens).abs().max() < 1e-5
+    assert (found.pooler_output - expected[:, 0]).abs().max() < 1e-5
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", local_files_only=True)
+    image = Image.effect_noise((340, 272), 60).convert("RGB")
+    off = processor(image, return_tensors="pt")["pixel_values"][0] - eval_transform(224)(image)
+    assert off.abs().max() < 1.1 / 255 / 0.224  # a grey level: both resize in whole ones
+
+
+# ---------------------------------------------------------------- ONNX
+
+NETWORKS = {"vit": (nano, 32), "swin": (lambda: SwinTransformer(embed_dim=12, depths=(2, 1, 1, 1), num_heads=(1, 2, 2, 2)), 64)}
+
+
+def test_any_number_of_images_can_be_exported():
+    """What `write_onnx` needs of a ViT, without ONNX."""
+    model, images = export.TokenOutputs(nano()).eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.testing.assert_close(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_onnx_gives_the_same_tokens(tmp_path, kind):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    build, size = NETWORKS[kind]
+    torch.manual_seed(0)
+    model = build().eval()
+    export.write_onnx(model, size, PixelStats(std=(0.5, 0.25, 0.125)), tmp_path / "a.onnx")
+    session = runtime.InferenceSession(tmp_path / "a.onnx")
+    meta = session.get_modelmeta().custom_metadata_map
+    assert meta == {"mean": "0.485 0.456 0.406", "std": "0.5 0.25 0.125", "image_size": str(size)}
+    for B in (1, 5):
+        images = torch.randn(B, 3, size, size)
+        found = session.run(["cls", "patches"], {"images": images.numpy()})
+        with torch.inference_mode():
+            tokens = model(images, return_all_tokens=True)
+        for part, expected in zip(found, (tokens[:, 0], tokens[:, 1:]), strict=True):
+            assert (torch.from_numpy(part) - expected).abs().max() < 1e-4
+
+
+def test_onnx_is_asked_for_where_it_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(engine.InputError, match="pip install onnx onnxscript"):
+        export.write_onnx(nano(), 32, IMAGENET, tmp_path / "a.onnx")
+
+
+def test_a_full_disk_leaves_nothing(checkpoints, tmp_path, monkeypatch, file_limit):
+    file_limit(10_000)
+    for output in ("hf", "a.safetensors"):
+        with pytest.raises(engine.InputError, match="cannot be written"):
+            run(monkeypatch, checkpoints["vit_tiny"][2], tmp_path / output, "--checkpoint_key", "teacher", "--format",
+                "hf" if output == "hf" else "ibot")
+    assert not list(tmp_path.iterdir())
