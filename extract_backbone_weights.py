@@ -21,9 +21,6 @@ a graph for any number of images; see `models/export.py`.
 """
 import argparse
 import json
-import os
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -73,30 +70,17 @@ def extract(checkpoint, key, path, with_head=False, timm_format=False):
     return state
 
 
-@contextmanager
-def replacing(path):
-    """A name beside `path` for a file or folder that takes its place when it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or engine.printable(error, 160)
-        raise engine.InputError(f"output {path}: cannot be written ({reason})") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-
-
 def save_tensors(tensors, path, stats):
     """Write a .safetensors file, with the pixel statistics, if they are not ImageNet's, in its head."""
     if "__metadata__" in tensors:
         raise engine.InputError(f"output {path}: a safetensors file cannot hold a tensor called __metadata__")
     # Clones: safetensors refuses tensors that share storage, as a shared head's two names do.
-    content = save({name: value.clone().contiguous() for name, value in tensors.items()}, {"format": "pt"} | {
-        name: " ".join(map(str, values)) for name, values in stats.as_settings().items()})
-    path.write_bytes(content)  # save_file would let nobody else read the file
+    tensors = {name: value.clone().contiguous() for name, value in tensors.items()}
+    texts = {name: " ".join(map(str, values)) for name, values in stats.as_settings().items()}
+    try:
+        path.write_bytes(save(tensors, {"format": "pt"} | texts))  # save_file would let nobody else read the file
+    except SafetensorError as error:
+        raise engine.InputError(f"output {path}: {engine.printable(error, 160)}") from error
 
 
 def save_hf(backbone, folder):
@@ -140,7 +124,7 @@ def main():
         known = {"args": stats.as_settings()} if stats != IMAGENET else {}
         engine.save_atomically({"state_dict": state, **known} if args.format == "ibot" else state, output)
     else:
-        with replacing(output) as path:
+        with engine.replacing(output, "output") as path:
             if args.format == "hf":
                 save_hf(backbone, path)
             elif args.format == "onnx":

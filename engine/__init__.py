@@ -11,6 +11,7 @@ from engine.checkpoint import (
     locked,
     network_state_dict,
     printable,
+    replacing,
     safetensors_metadata,
     save_atomically,
     stored_args,

@@ -5,6 +5,7 @@ import os
 import pickle
 import pickletools
 import re
+import shutil
 import stat
 import struct
 import zipfile
@@ -167,6 +168,24 @@ def save_atomically(obj, path, previous=None):
         with contextlib.suppress(OSError):  # some network file systems cannot
             os.fsync(folder)
         os.close(folder)
+
+
+@contextlib.contextmanager
+def replacing(path, what):
+    """A name beside `path` for a file or folder that takes its place when it is complete.
+
+    Raises InputError, calling the path `what`, when the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{what} {path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

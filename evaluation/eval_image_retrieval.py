@@ -10,20 +10,14 @@ there is a page of queries with their nearest images, OUTPUT_DIR/retrieval/SET/K
 
 Features come from all processes; the first one ranks.
 """
-import csv
-import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
-
 import engine
-from evaluation.common.arguments import evaluation_parser, int_from
+from evaluation.common.arguments import add_pooling, evaluation_parser, int_from
 from evaluation.common.features import feature_dim
 from evaluation.common.nearest import (
     check_files,
@@ -31,33 +25,24 @@ from evaluation.common.nearest import (
     extract_listed,
     folder_images,
     image_sizes,
-    near_duplicates,
     nearest,
-    relative,
     retrieval_features,
     thumbnail_size,
     thumbnail_transform,
 )
-from evaluation.common.pages import Row, neighbour_page, neighbour_strip
+from evaluation.common.neighbours import (
+    add_neighbour_flags,
+    compare_folders,
+    retrieval_set,
+    rows_of,
+    source_of,
+    write_neighbours,
+)
 from evaluation.common.protocol import read_vits, start_process
 from evaluation.common.ranking import PRECISIONS, read_ground_truth, retrieval_scores
 from evaluation.common.results import append_result, results_folder
 
 SETS = ("roxford5k", "rparis6k")
-STRIPS, BEST = 3, 5  # pictures of single queries, and the nearest images on each
-LISTED, SHOWN = 10_000, 30  # near-duplicates in the table and on the page
-
-
-@dataclass(frozen=True)
-class RetrievalSet:
-    """Images and who asks for what. `items`: each image once, (path, box or None); `database` int64 [n] and `queries`
-    int64 [Q]: their places in `items`; `gnd`: as in `check_ground_truth`, None for folders; paths are below `root`."""
-    name: str
-    root: str
-    items: list
-    database: torch.Tensor
-    queries: torch.Tensor
-    gnd: list | None
 
 
 def get_args_parser():
@@ -68,19 +53,14 @@ def get_args_parser():
                           help="longer side of the images in pixels at most; smaller ones stay as they are")
     features.add_argument("--multiscale", type=engine.bool_flag, nargs="?", const=True, default=False,
                           help="mean over the scales 1, 1/sqrt(2) and 1/2")
-    features.add_argument("--n_last_blocks", type=int_from(1), default=1, help="blocks whose [CLS] tokens are concatenated")
-    features.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1, 2), default=0,
-                          help="0: [CLS] tokens; 1: mean patch token of the last block, not normed; 2: both, normed")
+    add_pooling(features)
     retrieval = parser.add_argument_group("retrieval")
     retrieval.add_argument("--dataset", choices=SETS, nargs="+", help="evaluated in turn; by default roxford5k")
     retrieval.add_argument("--crop_queries", type=engine.bool_flag, nargs="?", const=True, default=False,
                            help="cut queries to their boxes, as the official protocol does; not so the published numbers")
     retrieval.add_argument("--queries", metavar="FOLDER",
                            help="look for these images among those of --data_path (sub-folders too), not for a data set")
-    retrieval.add_argument("--topk", type=int_from(1), default=10, help="nearest images in the table and on the page")
-    retrieval.add_argument("--threshold", type=float, default=0.95,
-                           help="similarity from which two images of folders count as near-duplicates")
-    retrieval.add_argument("--page_queries", type=int_from(1), default=70, help="queries on the page, evenly spread")
+    add_neighbour_flags(retrieval)
     return parser
 
 
@@ -104,12 +84,6 @@ def read_folders(data_path, queries):
     root = os.path.commonpath([os.path.dirname(path) for path in images + asked])
     return retrieval_set(Path(queries).resolve().name, root, [(path, None) for path in images],
                          [(path, None) for path in asked], None)
-
-
-def retrieval_set(name, root, database, queries, gnd):
-    places = {item: place for place, item in enumerate(dict.fromkeys(database + queries))}
-    database, queries = (torch.tensor([places[item] for item in part]) for part in (database, queries))
-    return RetrievalSet(name, str(root), list(places), database, queries, gnd)
 
 
 def extract(args, backbone, data, sizes, process):
@@ -143,80 +117,6 @@ def evaluate_benchmark(args, key, backbone, data, features, device):
     return values, order
 
 
-def compare_folders(args, key, data, features, device):
-    """Find neighbours and near-duplicates for one key. Returns (similarities, places) [Q, k], (a sentence, pairs)."""
-    queries, database = features[data.queries], features[data.database]
-    same = data.queries, data.database
-    values, places = nearest(queries, database, args.topk, device, same)
-    count, pairs = near_duplicates(queries, database, args.threshold, LISTED, same, device)
-    sentence = f"{count} pair(s) of images with a similarity from {args.threshold:g} on"
-    sentence += f"; the {LISTED} nearest are listed" if count > LISTED else ""
-    print(f"{key}, {data.name}: {len(data.queries)} queries among {len(data.database)} images; {sentence}", flush=True)
-    pairs = [(data.items[data.queries[query]], data.items[data.database[place]], similarity)
-             for similarity, query, place in pairs]
-    for one, two, similarity in pairs[:10]:
-        print(f"  {similarity:.4f}  {relative(one[0], data.root)}  {relative(two[0], data.root)}", flush=True)
-    return values, places, (sentence, pairs)
-
-
-def mark_of(truth, place):
-    """What a place in the database is for a query's ground truth: a name of `pages.MARKS`."""
-    if truth is None:
-        return ""
-    return "junk" if place in truth["junk"] else "right" if place in truth["easy"] + truth["hard"] else "wrong"
-
-
-def rows_of(data, values, places, topk):
-    """`Row`s of all queries with their nearest images."""
-    truths = data.gnd or [None] * len(data.queries)
-    rows = []
-    best = values[:, :topk].tolist(), places[:, :topk].tolist()
-    for query, truth, *found in zip(data.queries, truths, *best, strict=True):
-        rows.append(Row(data.items[query], [(data.items[data.database[place]], similarity, mark_of(truth, place))
-                                            for similarity, place in zip(*found, strict=True) if similarity > -math.inf]))
-    return rows
-
-
-def write_output(args, key, data, rows, duplicates=None):
-    """The page, its tables and `STRIPS` pictures in OUTPUT_DIR/retrieval/SET/KEY. Raises InputError if that fails."""
-    folder = Path(args.output_dir) / "retrieval" / data.name / key
-
-    def name_of(path):
-        return relative(path, data.root)
-
-    def spread(count):
-        return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))]
-
-    def table(name, header, lines):
-        with open(folder / name, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([header, *lines])
-
-    weights = "random, untrained" if args.pretrained_weights == "random" else f"{key} of {args.pretrained_weights}"
-    facts = [("weights", weights), ("images", f"{len(data.database)} in {args.data_path}"),
-             ("queries", f"{len(rows)}{f' in {args.queries}' if args.queries else ''}"),
-             ("similarity", "cosine of the features")]
-    if data.gnd is not None:
-        facts.append(("frames", "green: positive, easy or hard; grey: junk; red: neither"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        table("neighbours.csv", ["query", "rank", "image", "similarity", "mark"], (
-            [name_of(row.query[0]), rank, name_of(item[0]), f"{similarity:.4f}", mark]
-            for row in rows for rank, (item, similarity, mark) in enumerate(row.nearest, 1)))
-        if duplicates is not None:
-            table("duplicates.csv", ["image", "other", "similarity"], (
-                [name_of(one[0]), name_of(two[0]), f"{similarity:.4f}"] for one, two, similarity in duplicates[1]))
-        for stale in folder.glob("query*.png"):
-            stale.unlink()
-        for number, row in enumerate(spread(STRIPS), 1):
-            neighbour_strip(Row(row.query, row.nearest[:BEST])).save(folder / f"query{number}.png")
-        text = neighbour_page(f"Nearest images: {data.name}", facts, spread(args.page_queries), name_of,
-                              duplicates and (duplicates[0], duplicates[1][:SHOWN]))
-        (folder / "index.html").write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise engine.InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    print(f"written: {folder / 'index.html'}, neighbours.csv, query1.png, ...", flush=True)
-
-
 def main():
     args = get_args_parser().parse_args()
     if args.queries and args.dataset:
@@ -240,11 +140,15 @@ def main():
         for data, found in zip(sets, features[key], strict=True):
             duplicates = None
             if args.queries:
-                values, places, duplicates = compare_folders(args, key, data, found, process.device)
+                values, places, duplicates = compare_folders(key, data, found, args.topk, args.threshold, process.device)
             else:
                 values, places = evaluate_benchmark(args, key, backbone, data, found, process.device)
             if args.output_dir:
-                write_output(args, key, data, rows_of(data, values, places, args.topk), duplicates)
+                queries = f"{len(data.queries)}{f' in {args.queries}' if args.queries else ''}"
+                facts = [("weights", source_of(args.pretrained_weights, key)),
+                         ("images", f"{len(data.database)} in {args.data_path}"), ("queries", queries)]
+                write_neighbours(Path(args.output_dir) / "retrieval" / data.name / key, facts, data,
+                                 rows_of(data, values, places, args.topk), args.page_queries, duplicates)
 
 
 if __name__ == "__main__":

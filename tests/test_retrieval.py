@@ -1,4 +1,4 @@
-"""Retrieval and copy detection: scores worked out by hand, ground truth that runs nothing, scripts on toy data."""
+"""Retrieval, copy detection and embeddings: scores worked out by hand, ground truth that runs nothing, scripts on toy data."""
 import csv
 import io
 import json
@@ -18,9 +18,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import engine
-from evaluation import eval_copy_detection, eval_image_retrieval
+from evaluation import embed, eval_copy_detection, eval_image_retrieval
 from evaluation.common import nearest as module
 from evaluation.common import ranking
+from evaluation.common.data import eval_transform
 from evaluation.common.nearest import (
     SizeBatches,
     gem,
@@ -444,6 +445,65 @@ def test_folders_of_ones_own(checkpoint, tmp_path, monkeypatch, capsys):
     assert ("asked/new.png", "photos/b/3 <b>.png", "1") in [(line["query"], line["image"], line["rank"]) for line in lines]
 
 
+# ---------------------------------------------------------------- features of any folder
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of images at the top and below it: one is there twice, one is cut short."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(9):
+        picture(folder / ("" if i % 3 else "sub/deep") / f"{i} é.jpg", (45 + i, 40), i)
+    shutil.copy(folder / "1 é.jpg", folder / "sub/copy.jpg")
+    cut = folder / "5 é.jpg"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def embedded(path):
+    with np.load(path, allow_pickle=False) as file:
+        return file["names"].tolist(), file["features"], json.loads(str(file["settings"]))
+
+
+def test_features_of_any_folder(checkpoint, photos, tmp_path, monkeypatch, capsys):
+    words = ["--pretrained_weights", checkpoint, "--data_path", photos, "--batch_size_per_gpu", 4]
+    run_main(monkeypatch, embed, *words, "--output", tmp_path / "new/x.npz", "--threshold", 0.9999, "--topk", 3)
+    printed = capsys.readouterr().out
+    assert "features of" in printed and "1 of the" in printed and "cut short" in printed and "1 pair(s)" in printed
+    names, features, settings = embedded(tmp_path / "new/x.npz")
+    assert names == sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.jpg")) and len(names) == 10
+    transform = eval_transform(32)
+    with torch.no_grad():
+        images = torch.stack([transform(module.load_tolerantly(photos / name)[0]) for name in names])
+        torch.testing.assert_close(torch.from_numpy(features), nano(0)(images), atol=1e-5, rtol=1e-5)
+    assert (settings["arch"], settings["image_size"], settings["key"]) == ("vit_nano", 32, "teacher")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x", "x.npz"]  # no temporary file is left
+    duplicates = (tmp_path / "new/x/duplicates.csv").read_text().splitlines()[1:]
+    assert [sorted(line.split(",")[:2]) for line in duplicates] == [["1 é.jpg", "sub/copy.jpg"]]
+    text = (tmp_path / "new/x/index.html").read_text()
+    assert len([source for source in Page(text).sources if source.startswith("data:")]) == 10 * 4 + 2
+
+    run_main(monkeypatch, embed, *words, "--output", tmp_path / "y.npz", "--page", "false", "--avgpool_patchtokens", 2)
+    assert embedded(tmp_path / "y.npz")[1].shape == (10, 2 * 96) and not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--output", "{tmp}/a.npy"], r"a.npy: its name must end in .npz"),
+    (["--data_path", "{tmp}/nowhere"], r"--data_path .*nowhere: No such file"),
+    (["--data_path", "{tmp}"], r"--data_path .*: no image in it"),
+    (["--output", "{data}/notes.txt/a.npz"], r"a.npz: its folder cannot be made"),
+    (["--checkpoint_key", "teacher,student"], r"key 'teacher,student' is not in the file"),
+    (["--n_last_blocks", "9"], r"--n_last_blocks 9"),
+    (["--image_size", "36"], r"--image_size 36 does not divide"),
+])
+def test_mistakes_of_embedding(checkpoint, photos, tmp_path, monkeypatch, words, message):
+    words = [word.format(tmp=tmp_path, data=photos) for word in words]
+    given = ["--pretrained_weights", checkpoint, "--data_path", photos, "--output", tmp_path / "a.npz"]
+    with pytest.raises(engine.InputError, match=message):
+        run_main(monkeypatch, embed, *given, *words)
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- Copydays
 
 def detect(monkeypatch, checkpoint, data, *words):
@@ -544,18 +604,23 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, oxford, copydays, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
-def test_two_processes_equal_one(checkpoint, oxford, copydays, retrieved, call, tmp_path, monkeypatch):
+def test_two_processes_equal_one(checkpoint, oxford, copydays, photos, retrieved, call, tmp_path, monkeypatch):
     data = tmp_path / "data"
     shutil.copytree(copydays, data)
     for i, path in enumerate(sorted(data.glob("crops/*/*.jpg"))):  # no copies any more, so that scores tell features apart
         picture(path, (50, 40), 500 + i)
     others = ["--distractors_path", data / "other", "--whitening_path", data / "other", "--imsize", 37, "--batch_size_per_gpu", 3]
     copies = ["--pretrained_weights", checkpoint, "--data_path", data, *others]
+    features = ["--pretrained_weights", checkpoint, "--data_path", photos, "--batch_size_per_gpu", 2, "--page", "false"]
     run_main(monkeypatch, eval_copy_detection, *copies, "--output_dir", tmp_path / "one")
+    run_main(monkeypatch, embed, *features, "--output", tmp_path / "one.npz")
     assert 5 < records(tmp_path / "one")[0]["metrics"]["crops"] < 60
     run_in_two_processes(call, tmp_path, [
         (eval_image_retrieval, ["--pretrained_weights", checkpoint, "--data_path", oxford, *RETRIEVE, "--output_dir", tmp_path / "two"]),
-        (eval_copy_detection, [*copies, "--output_dir", tmp_path / "two"])])
+        (eval_copy_detection, [*copies, "--output_dir", tmp_path / "two"]),
+        (embed, [*features, "--output", tmp_path / "two.npz"])])
+    one, two = embedded(tmp_path / "one.npz"), embedded(tmp_path / "two.npz")
+    assert one[0] == two[0] and one[1] == pytest.approx(two[1], abs=1e-6) and one[2] == two[2]
     one, two = records(retrieved[0]) + records(tmp_path / "one"), records(tmp_path / "two")
     for left, right in zip(one, two, strict=True):
         assert [left[key] for key in ("protocol", "key", "settings")] == [right[key] for key in ("protocol", "key", "settings")]

@@ -23,10 +23,11 @@ def probability(text):
     return float(text)
 
 
-def evaluation_parser(description, frozen=True, labelled=True):
+def evaluation_parser(description, frozen=True, labelled=True, recorded=True):
     """An `ArgumentParser` with the shared flags; a protocol adds its own and overrides defaults with `set_defaults`.
 
     frozen: with the flags of features that are extracted once. labelled: with those of training and validation images.
+    recorded: with the folders of results.json.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -40,7 +41,9 @@ def evaluation_parser(description, frozen=True, labelled=True):
     backbone.add_argument("--window_size", type=int_from(1), help="of a Swin; by default the checkpoint's own, else 7")
 
     if frozen:
-        _add_features(parser.add_argument_group("features"))
+        features = parser.add_argument_group("features")
+        add_pooling(features)
+        _add_kept_features(features)
 
     data = parser.add_argument_group("data")
     if labelled:
@@ -52,8 +55,9 @@ def evaluation_parser(description, frozen=True, labelled=True):
                       help="loader workers per process; by default its share of the cores less one, at most 10")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", help="folder whose results.json gets a record of this evaluation")
-    run.add_argument("--results_dir", help="another folder for results.json")
+    if recorded:
+        run.add_argument("--output_dir", help="folder whose results.json gets a record of this evaluation")
+        run.add_argument("--results_dir", help="another folder for results.json")
     engine.add_device_flags(run)
     return parser
 
@@ -72,11 +76,15 @@ def _add_labelled(data):
                       help="side in pixels; by default that of the checkpoint's global crops, else 224")
 
 
-def _add_features(features):
+def add_pooling(features):
+    """Add the flags of `pool_features` to a parser or group."""
     features.add_argument("--n_last_blocks", type=int_from(1), default=1,
                           help="blocks whose [CLS] tokens are concatenated")
     features.add_argument("--avgpool_patchtokens", type=int, choices=(0, 1, 2), default=0,
                           help="0: [CLS] tokens; 1: mean patch token of the last block, not normed; 2: both, normed")
+
+
+def _add_kept_features(features):
     features.add_argument("--dump_features", metavar="DIR", help="folder to keep the extracted features in")
     features.add_argument("--load_features", metavar="DIR",
                           help="use the features kept there if they fit weights, images and settings, else say why not")
