@@ -1,4 +1,4 @@
-"""One page about a checkpoint: its pattern layouts, attention, correspondence, part-wise probe and robustness.
+"""One page about a checkpoint: its pattern layouts, features, attention, correspondence, part-wise probe and robustness.
 
     python analysis/report.py --pretrained_weights work_dirs/quickstart/checkpoint.pth
     python analysis/report.py --pretrained_weights work_dirs/JOB/checkpoint.pth --data_path data/imagenet --probe false
@@ -42,6 +42,9 @@ TEXTS = {
         "it belongs to.",
     "Clusters of images":
         "The same for whole images, by their [CLS] token.",
+    "Patch features":
+        "The first three principal components of the features of patches as red, green and blue, one basis for all these "
+        "images: patches of one colour are alike to the network, also in different images. A colour as such means nothing.",
     "Self-attention":
         "Where [CLS] looks in the last block. From left to right: the image; the patches that hold most of the "
         "attention, in a colour for each head; a heat map for each head.",
@@ -116,6 +119,9 @@ def plan(args, backbone, root, images, out):
              "clusters of"),
         Step("Clusters of images", [[*patterns, "--type", "cls"]],
              [(out / "patterns", "ccls_overview.png", 1, sheet.format("images"))], "clusters of"),
+        Step("Patch features", [["pca_map/visualize_pca.py", *network, "--data_path", images, "--show_pics", 2 * count,
+                                 "--output_dir", out / "pca"]],
+             [(out / "pca", "pca.png", 1, "Images, each above its patches")], "of the variance"),
         Step("Self-attention", [["attention_map/visualize_attention.py", *network, "--data_path", images, "--image_size",
                                  larger, "--show_pics", count, "--output_dir", out / "attention"]],
              [(out / "attention", "idx*_attn.png", count, f"Image {{}}: as it is; heads in colour; heat maps of {heads}")]),

@@ -65,11 +65,12 @@ def test_page_is_complete_and_needs_nothing_else(digits, tmp_path, monkeypatch, 
     ids = re.findall(r'id="([^"]*)"', page)
     assert len(ids) == 1 + len(report.TEXTS) and [link for link in links.found if link[0] == "#"] == [f"#{name}" for name in ids]
     pictures = [link for link in links.found if link.startswith("data:image/")]
-    assert len(pictures) == len([link for link in links.found if link[0] != "#"]) == 1 + 1 + 3 + 1 + 2 + 3 + 2 + 2 + 1 + 1 + 1
+    assert len(pictures) == len([link for link in links.found if link[0] != "#"]) == 1 + 1 + 3 + 1 + 1 + 2 + 3 + 2 + 2 + 1 + 1 + 1
     for picture in pictures:
         Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).load()
     assert "k-NN top-1 (k = 10, " in page and page.index("before-and-after-training") < page.index("clusters-of-patches")
     assert "matching accuracy 0." in page and "k = 16, best: top-1" in page and "teacher, best: top-1" in page and "NS.5: " in page
+    assert re.search(r"the components hold [\d., ]+ % of the variance of 256 patches", page)  # 4 images of 64 pixels
     assert re.search(r"\d+ queries among 41 images; \d+ pair.s. of images with a similarity from", page)
     assert re.search(r"here .* 12\.3 ", page) and page.count("O.BB.") == 1
     assert 'class="error"' not in page and "failed" not in capsys.readouterr().out
@@ -86,7 +87,7 @@ def test_failed_parts_are_on_the_page_and_in_the_exit_code(tmp_path, monkeypatch
         run_main(monkeypatch, report, "--pretrained_weights", tmp_path / "checkpoint.pth", "--data_path", tmp_path / "images", "--output_dir", tmp_path / "out", "--pictures", "1")
     page = (tmp_path / "out/index.html").read_text()
     assert not stale.exists()
-    assert re.search(r'class="error">[^<]*no class has 2 images', page) and page.count("<section") == 6
+    assert re.search(r'class="error">[^<]*no class has 2 images', page) and page.count("<section") == 7
 
 
 def test_a_log_with_half_lines_and_no_numbers(tmp_path):
