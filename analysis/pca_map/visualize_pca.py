@@ -29,8 +29,8 @@ CLIPPED = 0.01  # share of the tokens that a colour is saturated by, at either e
 
 def get_args_parser():
     parser = common.analysis_parser("Principal components of patch features as colours")
-    parser.add_argument("--image_size", type=int_from(1), help="side in pixels that images are resized to; by default twice "
-                        "that of the checkpoint's global crops, for maps of more cells")
+    parser.add_argument("--image_size", type=int_from(1), help="side in pixels that images are resized to; by default "
+                        "twice that of the checkpoint's global crops, for maps of more cells")
     parser.add_argument("--output_dir", default=".", help="folder of the picture")
     parser.add_argument("--show_pics", type=int_from(1), default=12, help="images to draw, a random choice")
     return parser
