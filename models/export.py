@@ -16,6 +16,9 @@ from models.swin_transformer import SwinTransformer
 from models.vision_transformer import resample_positions
 
 TRAINING_ONLY = "masked_embed"
+HF_OUTSIDE = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "patch_embed.norm": "embeddings.norm",
+              "cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
+              "pos_embed": "embeddings.position_embeddings", "norm": "layernorm"}
 HF_BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 # LayerNorm of c x with an epsilon of c^2 e is that of x with e. In `SwinModel` two kinds of norms have 1e-5, whatever its
@@ -44,24 +47,32 @@ def timm_state_dict(state):
 def hf_model(model, arch, image_size):
     """(content of config.json, state dictionary) with which `transformers.AutoModel` gives this network's tokens.
 
-    A ViT becomes a `ViTModel` for images of `image_size` pixels whose pooler hands [CLS] on; a Swin a `SwinModel`, whose
-    pooler is the mean. The names are those of transformers 4, which 5 reads too. Raises InputError for a Swin that
-    `SwinModel` has no settings for.
+    A ViT becomes a `ViTModel` for images of `image_size` pixels whose pooler hands [CLS] on, one with registers a
+    `Dinov2WithRegistersModel`, which gives these out too, behind [CLS]; a Swin a `SwinModel`, whose pooler is the mean. The
+    names are those of transformers 4, which 5 reads too. Raises InputError for a Swin that `SwinModel` has no settings for.
     """
     if isinstance(model, SwinTransformer):
         return _hf_swin(model, arch, image_size)
-    cells = image_size // model.patch_size
+    cells, block = image_size // model.patch_size, model.blocks[0]
     state = {name: value for name, value in model.state_dict().items() if name != TRAINING_ONLY}
     state["pos_embed"] = resample_positions(model.pos_embed, cells, cells, model.pos_grid)
-    embeddings = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
-    named = {embeddings.get(name) or _hf_name(name, "attention.attention."): value for name, value in state.items()}
-    eye = torch.eye(model.embed_dim)
-    pooler = {"pooler.dense.weight": eye, "pooler.dense.bias": torch.zeros(model.embed_dim)}
-    config = {"architectures": ["ViTModel"], "model_type": "vit", "hidden_size": model.embed_dim,
-              "num_hidden_layers": len(model.blocks), "num_attention_heads": model.blocks[0].attn.num_heads,
-              "intermediate_size": model.blocks[0].mlp.fc1.out_features, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
-              "image_size": image_size, "patch_size": model.patch_size, "pooler_act": "linear"}
-    return config, _split_qkv(named) | pooler
+    config = {"hidden_size": model.embed_dim, "num_hidden_layers": len(model.blocks),
+              "num_attention_heads": block.attn.num_heads, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+              "image_size": image_size, "patch_size": model.patch_size}
+    if model.reg_token is None:
+        config = {"architectures": ["ViTModel"], "model_type": "vit", **config,
+                  "intermediate_size": block.mlp.fc1.out_features, "pooler_act": "linear"}
+        extra = {"pooler.dense.weight": torch.eye(model.embed_dim), "pooler.dense.bias": torch.zeros(model.embed_dim)}
+    else:
+        config = {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers", **config,
+                  "mlp_ratio": block.mlp.fc1.out_features // model.embed_dim,
+                  "num_register_tokens": model.reg_token.shape[1]}
+        extra = {f"encoder.layer.{i}.layer_scale{k}.lambda1": torch.ones(model.embed_dim)
+                 for i in range(len(model.blocks)) for k in (1, 2)}
+        extra["embeddings.mask_token"] = torch.zeros(1, model.embed_dim)
+    blocks = HF_BLOCK if model.reg_token is None else {"attn.proj": HF_BLOCK["attn.proj"]}
+    named = {_hf_name(name, "attention.attention.", blocks): value for name, value in state.items()}
+    return config, _split_qkv(named) | extra
 
 
 def _hf_swin(model, arch, image_size):
@@ -78,17 +89,19 @@ def _hf_swin(model, arch, image_size):
     for name, value in model.state_dict().items():
         if name != TRAINING_ONLY:
             value = value * SWIN_SCALE if re.match(SWIN_SCALED, name) else value
-            named[_hf_name(name, "attention.self.")] = value
+            named[_hf_name(name, "attention.self.", HF_BLOCK)] = value
     return config, _split_qkv(named)
 
 
-def _hf_name(name, attention):
-    """A name of ours as transformers has it, with "qkv" still in one; attention: where queries, keys and values are."""
-    name = name.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
-    name = name.replace("patch_embed.norm", "embeddings.norm")
-    name = re.sub(r"^norm\.", "layernorm.", name)
+def _hf_name(name, attention, blocks):
+    """A name of ours as transformers has it, with "qkv" still in one.
+
+    attention: where queries, keys and values are; blocks: names of parts of a block.
+    """
     name = re.sub(r"^blocks\.", "encoder.layer.", re.sub(r"^layers\.", "encoder.layers.", name))
-    for ours, theirs in HF_BLOCK.items():
+    for ours, theirs in HF_OUTSIDE.items():
+        name = re.sub(rf"^{ours}\b", theirs, name)
+    for ours, theirs in blocks.items():
         name = name.replace(f".{ours}.", f".{theirs}.")
     return re.sub(r"\.attn\.(?=qkv|relative)", f".{attention}", name)
 
