@@ -456,7 +456,7 @@ def data_loader(dataset, batch_size, accum_iter, process, workers, pad_masks, se
 def finish_batch(batch, photometry=apply_photometry, stats=IMAGENET, dtype=torch.float32, tokenizer=None):
     """`Batch` of uint8 crops, on the training device -> the same with normalised crops, ready for the networks.
 
-    tokenizer: (uint8 global crops [G, B, 3, S, S], `mask_index`) -> `targets` (`tokenizers`).
+    tokenizer: (uint8 global crops [G, B, 3, S, S], `mask_index`) -> `targets` (`patch_tokenizers`).
 
     First `photometry`, which may be compiled, does what `batch.photometry` asks for, one crop position at a time:
     temporaries are of B crops, not of (G + L) B.

@@ -28,9 +28,9 @@ import collapse
 import engine
 import loader
 import models
+import patch_tokenizers
 import pictures
 import recipes
-import tokenizers
 import utils
 import variants
 
@@ -86,7 +86,7 @@ def get_args_parser():
     loss.add_argument("--patch_centering", default=True, type=flag, help="centre the patch targets (Table 18)")
     loss.add_argument("--patch_targets", default="soft", choices=("soft", "hard"), help="softmax or arg-max (Table 18)")
     variants.add_flags(loss)
-    tokenizers.add_flags(loss)
+    patch_tokenizers.add_flags(loss)
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", default=100, type=int)
@@ -149,7 +149,7 @@ def check_args(args):
     need(not args.lambda1 or args.global_crops_number > 1 or args.local_crops_number,
          "the [CLS] loss needs two crops: raise --global_crops_number or --local_crops_number")
     variants.check(args)
-    tokenizers.check(args)
+    patch_tokenizers.check(args)
     need(args.lambda1 + args.lambda2 > 0, "--lambda1 and --lambda2 are both 0: there is no loss")
 
     models.check_sizes(args.arch, args.patch_size, args.global_crops_size,
@@ -395,9 +395,9 @@ def pretrain(args, run):
     run.find({"student": dict, "teacher": dict, "optimizer": dict, "ibot_loss": dict}, "pre-training")
     compiled, recompute = models.choose_compilation(args.compile, args.recompute, args.grad_checkpointing, device)
     amp_dtype = engine.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    tokenizer = tokenizers.build(args, device, amp_dtype)
-    run.entries |= tokenizers.record(args, tokenizer)
-    tokenizers.check_same(run.checkpoint, run.path, run.entries)
+    tokenizer = patch_tokenizers.build(args, device, amp_dtype)
+    run.entries |= patch_tokenizers.record(args, tokenizer)
+    patch_tokenizers.check_same(run.checkpoint, run.path, run.entries)
     torch.backends.cudnn.benchmark = True  # crops have one size or two
 
     # ============ data ============

@@ -1,5 +1,5 @@
 """Variants of iBOT's masks and losses, each behind one flag of main_ibot.py, off by default: ablations of the paper (Figure
-8, Appendix E; what makes tokens is in `tokenizers`), and what DINOv2 changed.
+8, Appendix E; what makes tokens is in `patch_tokenizers`), and what DINOv2 changed.
 
 Letters: n rows, B images, G = 2 global crops, N cells of a global crop (h x w), M of them that the loss is of, K outputs of
 the head, D width of the backbone, W processes.

@@ -27,7 +27,7 @@ from evaluation.common.arguments import int_from
 from evaluation.common.clustering import spread_out
 from evaluation.common.data import eval_transform, subset_places
 from images import ImageFolderInstance
-from tokenizers import nearest
+from patch_tokenizers import nearest
 
 BLOCK = 2**16  # rows at a time, and rows of the start
 

@@ -16,7 +16,7 @@ import engine
 import loader
 import main_ibot
 import models
-import tokenizers
+import patch_tokenizers
 import utils
 import variants
 
@@ -64,7 +64,7 @@ class Step:
     def __init__(self, args, device, compiled):
         self.args, self.device = args, device
         self.amp_dtype = engine.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-        self.tokenizer = tokenizers.build(self.args, device, self.amp_dtype)
+        self.tokenizer = patch_tokenizers.build(self.args, device, self.amp_dtype)
         networks = main_ibot.build_networks(self.args, self.tokenizer and self.tokenizer.tokens)
         self.student, self.teacher = (network.to(device) for network in networks)
         self.ema = utils.ema_pairs(self.student, self.teacher)

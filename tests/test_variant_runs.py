@@ -13,7 +13,7 @@ from torch import multiprocessing
 import engine
 import loader
 import main_ibot
-import tokenizers
+import patch_tokenizers
 import utils
 import variants
 from tests.test_faults import after_batches, assert_same_run, train  # noqa: F401 - a fixture
@@ -56,7 +56,7 @@ def dataset_of(args, folder, tokenizer=None):
 
 def setup(args, folder):
     """(student, teacher, loss, tokenizer, the samples of the folder): all double but the samples."""
-    tokenizer = tokenizers.build(args, torch.device("cpu"), None)
+    tokenizer = patch_tokenizers.build(args, torch.device("cpu"), None)
     dataset = dataset_of(args, folder, tokenizer)
     torch.manual_seed(0)
     student, teacher = (network.double() for network in main_ibot.build_networks(args, tokenizer and tokenizer.tokens))
@@ -94,7 +94,7 @@ def plain_patch_loss(name, student, teacher, samples):
         for g, mask in enumerate(masks):
             own = tokens(student, crops[g], mask[None])
             if name in ("mpp", "tokens_alone"):
-                found = tokenizers.MeanColour(8).of_crops(crops[g][None, None], torch.arange(16))
+                found = patch_tokenizers.MeanColour(8).of_crops(crops[g][None, None], torch.arange(16))
                 losses = [F.cross_entropy(student.head.token(own[i]), found[i]) for i in range(16)]
             else:
                 other = tokens(teacher, crops[1 - g if name in ("position", "feature") else g])

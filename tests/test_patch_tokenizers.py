@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import engine
 import loader
 import main_ibot
-import tokenizers
+import patch_tokenizers
 import utils
 from analysis import patch_clusters
 from evaluation.common.clustering import load_projection_head
@@ -38,17 +38,17 @@ def flat(colours, cell=16):
 def test_mean_colours():
     colours = [(0, 0, 0), (1, 1, 1), (.5, .25, .124), (.124, .25, .5), (.999, .125, .1249)]
     index = torch.arange(5) * 5
-    assert tokenizers.MeanColour(16).of_crops(flat(colours), index).tolist() == [0, 511, 20, 272, 15]
+    assert patch_tokenizers.MeanColour(16).of_crops(flat(colours), index).tolist() == [0, 511, 20, 272, 15]
     at_the_edge = [(sum_ / (255 * 256),) * 3 for sum_ in (8159, 8160, 65280)]
-    assert tokenizers.MeanColour(16).of_crops(flat(at_the_edge), torch.arange(3) * 3).tolist() == [0, 73, 511]
+    assert patch_tokenizers.MeanColour(16).of_crops(flat(at_the_edge), torch.arange(3) * 3).tolist() == [0, 73, 511]
 
 
 def test_nearest_centroid():
     patches, centroids = torch.tensor([[.4, .1], [.6, .9], [.1, 1.2]]), torch.tensor([[0., 0.], [1., 0.], [0., 2.]])
-    found, distances = tokenizers.nearest(patches, centroids)
+    found, distances = patch_tokenizers.nearest(patches, centroids)
     assert found.tolist() == [0, 1, 2]
     torch.testing.assert_close(distances, torch.tensor([0, -.2, -.8]))
-    assert tokenizers.nearest(torch.zeros(1, 2), torch.tensor([[1., 0.], [0., 1.]]))[0].tolist() == [0]  # the lower of two
+    assert patch_tokenizers.nearest(torch.zeros(1, 2), torch.tensor([[1., 0.], [0., 1.]]))[0].tolist() == [0]  # the lower of two
 
 
 def test_centroids_of_a_file(tmp_path):
@@ -58,7 +58,7 @@ def test_centroids_of_a_file(tmp_path):
     patches = torch.stack([crop[:, y:y + 8, x:x + 8].permute(1, 2, 0).flatten() for crop in crops.flatten(0, 1)
                            for y in (0, 8) for x in (0, 8)])  # every cell is a centroid
     save_file({"centroids": patches.float() / 255}, tmp_path / "c.safetensors")
-    tokenizer = tokenizers.Centroids(tmp_path / "c.safetensors", 8, torch.device("cpu"))
+    tokenizer = patch_tokenizers.Centroids(tmp_path / "c.safetensors", 8, torch.device("cpu"))
     index = torch.tensor([23, 0, 7, 7])
     assert tokenizer.tokens == 24 and torch.equal(tokenizer.of_crops(crops, index), index)
 
@@ -83,7 +83,7 @@ def checkpoint(digits, tmp_path_factory):
 
 def test_frozen_network(checkpoint):
     """The arg-max of the head on the teacher's normed patches, without masks and drop path."""
-    tokenizer = tokenizers.build(parsed("--tokenizer", "dino", "--tokenizer_file", checkpoint), torch.device("cpu"), None)
+    tokenizer = patch_tokenizers.build(parsed("--tokenizer", "dino", "--tokenizer_file", checkpoint), torch.device("cpu"), None)
     crops, index = torch.randint(256, (2, 3, 3, 32, 32), dtype=torch.uint8), torch.tensor([5, 95, 0, 50])
     head = load_projection_head(engine.load_checkpoint(checkpoint), "teacher", checkpoint, patches=True)
     tokens = tokenizer.backbone(loader.normalize(crops.flatten(0, 1)), return_all_tokens=True)[:, 1:].flatten(0, 1)
@@ -111,7 +111,7 @@ def test_stored_tokens_and_their_crops(stored, digits):
     path, names, content = stored
     args = parsed("--tokenizer", "file", "--tokenizer_file", path, "--augment", "none", "--data_path", digits / "train",
                   "--global_crops_number", 2)
-    tokenizer = tokenizers.build(args, torch.device("cpu"), None)
+    tokenizer = patch_tokenizers.build(args, torch.device("cpu"), None)
     dataset = main_ibot.build_data(args, engine.init_process("cpu"), "cpu", 1, tokenizer).dataset
     views = set()
     for i in (0, 70, 119):
@@ -143,7 +143,7 @@ def test_tokens_of_the_image_that_was_taken(stored, digits, tmp_path):
     path, names, content = stored
     args = parsed("--tokenizer", "file", "--tokenizer_file", path, "--data_path", digits / "train")
     dataset = main_ibot.build_data(args, engine.init_process("cpu"), "cpu", 1,
-                                   tokenizers.build(args, torch.device("cpu"), None)).dataset
+                                   patch_tokenizers.build(args, torch.device("cpu"), None)).dataset
     dataset.bad[3] = 1
     _, _, grids = dataset[3]
     row = names.index("/".join(dataset.source(dataset.loaded).split("/")[-2:]))
@@ -175,7 +175,7 @@ def test_mistakes_in_a_file_of_tokens(change, message, stored, digits, tmp_path)
     save_file({name: value for name, value in content.items() if value is not None}, tmp_path / "t.safetensors", head)
     args = parsed("--tokenizer", "file", "--tokenizer_file", tmp_path / "t.safetensors", "--data_path", digits / "train")
     with pytest.raises(engine.InputError, match=message) as error:
-        tokenizer = tokenizers.build(args, torch.device("cpu"), None)
+        tokenizer = patch_tokenizers.build(args, torch.device("cpu"), None)
         main_ibot.build_data(args, engine.init_process("cpu"), "cpu", 1, tokenizer).dataset[0]
     assert "t.safetensors" in str(error.value) and "\n" not in str(error.value)
 
@@ -198,7 +198,7 @@ def test_flags_that_do_not_go_together(words, message):
 
 def test_files_that_are_no_tokenizer(checkpoint, tmp_path):
     def build(kind, path):
-        return tokenizers.build(parsed("--tokenizer", kind, "--tokenizer_file", path), torch.device("cpu"), None)
+        return patch_tokenizers.build(parsed("--tokenizer", kind, "--tokenizer_file", path), torch.device("cpu"), None)
     for name, content, message in (("a", torch.zeros(4, 10), "a patch of 8 pixels has 192"),
                                    ("b", torch.full((4, 192), torch.nan), "needs finite `centroids`")):
         save_file({"centroids": content}, tmp_path / f"{name}.safetensors")
@@ -207,7 +207,7 @@ def test_files_that_are_no_tokenizer(checkpoint, tmp_path):
     with pytest.raises(engine.InputError, match="no such file"):
         build("kmeans", tmp_path / "absent.safetensors")
     with pytest.raises(engine.InputError, match="its patches are of 8 pixels, the student's of 16"):
-        tokenizers.build(parsed("--patch_size", 16, "--tokenizer", "dino", "--tokenizer_file", checkpoint), torch.device("cpu"), None)
+        patch_tokenizers.build(parsed("--patch_size", 16, "--tokenizer", "dino", "--tokenizer_file", checkpoint), torch.device("cpu"), None)
 
 
 def test_lloyd_equals_scikit_learn():
@@ -232,7 +232,7 @@ def test_patch_clusters(digits, tmp_path, monkeypatch):
                                          "--image_size", "32", "--clusters", "20", "--num_workers", "0", "--device", "cpu",
                                          "--rounds", "3", "--out", str(tmp_path / name), *words])
         patch_clusters.main()
-        return tokenizers.Centroids(tmp_path / name, 8, torch.device("cpu")).centroids
+        return patch_tokenizers.Centroids(tmp_path / name, 8, torch.device("cpu")).centroids
     whole = run("a.safetensors", "--subset", "1")
     assert torch.equal(whole, run("b.safetensors", "--subset", "1", "--patches", str(16 * 120)))
     assert whole.shape == (20, 192) and 0 <= whole.min() and whole.max() <= 1
@@ -244,4 +244,4 @@ def test_patch_clusters(digits, tmp_path, monkeypatch):
     image = torch.arange(3 * 4 * 4, dtype=torch.uint8).view(3, 4, 4)
     expected = torch.stack([image[:, y:y + 2, x:x + 2].permute(1, 2, 0).flatten() for y in (0, 2) for x in (0, 2)])
     assert torch.equal(patch_clusters.patches_of(image, 2), expected)
-    assert torch.equal(tokenizers.cells_of(image[None, None], 2, torch.arange(4)).flatten(1), expected)
+    assert torch.equal(patch_tokenizers.cells_of(image[None, None], 2, torch.arange(4)).flatten(1), expected)
