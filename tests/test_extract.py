@@ -210,6 +210,25 @@ def test_transformers_loads_the_folder(checkpoints, tmp_path, monkeypatch, arch)
     assert off.abs().max() < 1.1 / 255 / 0.224  # a grey level: both resize in whole ones
 
 
+@torch.inference_mode()
+def test_transformers_gives_the_tokens_of_a_network_with_registers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = nano()
+    model.reg_token = torch.nn.Parameter(torch.randn(1, 3, 96))
+    config, state = export.hf_model(model, "vit_nano", 32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors",
+                                metadata={"format": "pt"})
+    loaded, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True, local_files_only=True)
+    assert not any(info.values()), info
+    images = torch.randn(2, 3, 32, 32)
+    x = torch.cat((model.cls_token.expand(2, -1, -1), model.patch_embed.proj(images).flatten(2).mT), dim=1) + model.pos_embed
+    x = torch.cat((x[:, :1], model.reg_token.expand(2, -1, -1), x[:, 1:]), dim=1)  # registers have no position
+    expected, found = model.norm(model.blocks(x)), loaded.eval()(images)
+    assert (found.last_hidden_state - expected).abs().max() < 1e-5
+    assert (found.pooler_output - expected[:, 0]).abs().max() < 1e-5
+
+
 # ---------------------------------------------------------------- ONNX
 
 NETWORKS = {"vit": (nano, 32), "swin": (lambda: SwinTransformer(embed_dim=12, depths=(2, 1, 1, 1), num_heads=(1, 2, 2, 2)), 64)}
