@@ -29,7 +29,6 @@ from evaluation.common.nearest import (
     check_files,
     check_sizes,
     extract_listed,
-    folder_images,
     image_sizes,
     near_duplicates,
     nearest,
@@ -42,6 +41,8 @@ from evaluation.common.pages import Row, neighbour_page, neighbour_strip
 from evaluation.common.protocol import read_vits, start_process
 from evaluation.common.ranking import PRECISIONS, read_ground_truth, retrieval_scores
 from evaluation.common.results import append_result, results_folder
+from listing import list_images, name_of, places_of
+from shards import Member
 
 SETS = ("roxford5k", "rparis6k")
 STRIPS, BEST = 3, 5  # pictures of single queries, and the nearest images on each
@@ -61,7 +62,7 @@ class RetrievalSet:
 
 
 def get_args_parser():
-    parser = evaluation_parser("Retrieval by features of a frozen backbone", frozen=False, labelled=False)
+    parser = evaluation_parser("Retrieval by features of a frozen backbone", frozen=False, labelled=False, several=True)
     parser.set_defaults(data_path="data/revisited_paris_oxford", batch_size_per_gpu=32)
     features = parser.add_argument_group("features")
     features.add_argument("--imsize", type=int_from(1), default=224,
@@ -75,8 +76,9 @@ def get_args_parser():
     retrieval.add_argument("--dataset", choices=SETS, nargs="+", help="evaluated in turn; by default roxford5k")
     retrieval.add_argument("--crop_queries", type=engine.bool_flag, nargs="?", const=True, default=False,
                            help="cut queries to their boxes, as the official protocol does; not so the published numbers")
-    retrieval.add_argument("--queries", metavar="FOLDER",
-                           help="look for these images among those of --data_path (sub-folders too), not for a data set")
+    retrieval.add_argument("--queries", metavar="FOLDER", **engine.SEVERAL,
+                           help="look for these images among those of --data_path, not for a data set; both take a folder, "
+                                "a list (.txt), tar shards, or several of these")
     retrieval.add_argument("--topk", type=int_from(1), default=10, help="nearest images in the table and on the page")
     retrieval.add_argument("--threshold", type=float, default=0.95,
                            help="similarity from which two images of folders count as near-duplicates")
@@ -98,11 +100,13 @@ def read_benchmark(data_path, name, crop_queries):
 
 
 def read_folders(data_path, queries):
-    """The `RetrievalSet` of two folders, or of one against itself."""
-    images, asked = ([os.path.realpath(path) for path in folder_images(folder, flag, recursive=True)]
-                     for folder, flag in ((data_path, "--data_path"), (queries, "--queries")))
+    """The `RetrievalSet` of two folders (see `listing.list_images`), or of one against itself."""
+    images, asked = (sorted(
+        path if isinstance(path, Member) else os.path.realpath(path)
+        for path, _ in list_images(list(map(os.path.abspath, places_of(source))), labelled=False).samples)
+        for source in (data_path, queries))
     root = os.path.commonpath([os.path.dirname(path) for path in images + asked])
-    return retrieval_set(Path(queries).resolve().name, root, [(path, None) for path in images],
+    return retrieval_set(name_of(queries), root, [(path, None) for path in images],
                          [(path, None) for path in asked], None)
 
 
@@ -192,8 +196,8 @@ def write_output(args, key, data, rows, duplicates=None):
             csv.writer(file).writerows([header, *lines])
 
     weights = "random, untrained" if args.pretrained_weights == "random" else f"{key} of {args.pretrained_weights}"
-    facts = [("weights", weights), ("images", f"{len(data.database)} in {args.data_path}"),
-             ("queries", f"{len(rows)}{f' in {args.queries}' if args.queries else ''}"),
+    facts = [("weights", weights), ("images", f"{len(data.database)} in {' '.join(places_of(args.data_path))}"),
+             ("queries", f"{len(rows)}{f' in {name_of(args.queries)}' if args.queries else ''}"),
              ("similarity", "cosine of the features")]
     if data.gnd is not None:
         facts.append(("frames", "green: positive, easy or hard; grey: junk; red: neither"))
@@ -223,6 +227,8 @@ def main():
         raise engine.InputError("--queries and --dataset: either folders or a data set")
     if args.queries and not args.output_dir:
         raise engine.InputError("--queries: --output_dir is needed, for the table and the page")
+    if not args.queries and not isinstance(args.data_path, str):
+        raise engine.InputError("--data_path: several folders are for --queries")
     process = start_process(args)
     backbones = read_vits(args)
     for backbone in backbones.values():

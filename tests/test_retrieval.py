@@ -509,8 +509,8 @@ def test_order_distractors_and_missing_blocks(checkpoint, copydays, tmp_path, mo
     ("images", ["--data_path", "{tmp}/evil"], r"gnd_roxford5k.pkl: it holds posix.system"),
     ("images", ["--queries", "{tmp}", "--dataset", "rparis6k"], r"--queries and --dataset: either"),
     ("images", ["--queries", "{tmp}"], r"--queries: --output_dir is needed"),
-    ("images", ["--queries", "{tmp}/nowhere", "--output_dir", "{tmp}/out"], r"--queries .*nowhere: No such file"),
-    ("images", ["--queries", "{tmp}/none", "--output_dir", "{tmp}/out"], r"--queries .*none: no image in it"),
+    ("images", ["--queries", "{tmp}/nowhere", "--output_dir", "{tmp}/out"], r"data folder .*nowhere: No such file"),
+    ("images", ["--queries", "{tmp}/none", "--output_dir", "{tmp}/out"], r"data folder .*none: no image .* in it"),
     ("images", ["--queries", "{data}", "--output_dir", "{tmp}/file"], r"file/.*: cannot be written"),
     ("images", ["--n_last_blocks", "9"], r"--n_last_blocks 9: the backbone has 4 blocks"),
 ])
