@@ -81,7 +81,7 @@ def _list_one(path, labelled):
     if os.path.isfile(path):
         if path.endswith(".txt"):
             return _from_list(path, labelled)
-        raise InputError(f"data folder {path}: Not a directory; a list of images ends in .txt")
+        raise InputError(f"data folder {path}: Not a directory; a list of images ends in .txt, of tars the folder is given")
     if shards.is_shards(path):
         index = shards.read_index(path)
         if labelled and TOP in index["classes"]:
@@ -176,17 +176,17 @@ def _from_folder(root, labelled):
         if empty:
             raise InputError(f"data folder {root}: no image ({kinds}) in class folder {shown}")
         if top:
-            notes.append(f"note: data folder {root}: {top} images at its top are in no class folder and are left out")
+            notes.append(f"note: data folder {root}: images at its top, which have no class, are left out: {top}")
     elif not filled:
         raise InputError(f"data folder {root}: no image ({kinds}) in it" if not shards.has_tars(root) else
                          f"data folder {root}: tars without an index; this writes one: python loader.py index {root}")
     else:
         if top and len(filled) > 1:
-            notes.append(f"note: data folder {root}: {top} images at its top are a class of their own")
+            notes.append(f"note: data folder {root}: images at its top are a class of their own: {top}")
         if empty:
             notes.append(f"note: data folder {root}: no image ({kinds}) in {shown}")
         if index["others"]:
-            notes.append(f"note: data folder {root}: {index['others']} files with other endings than {kinds} are left out")
+            notes.append(f"note: data folder {root}: files that do not end in {kinds} are left out: {index['others']}")
     classes = sorted(filled)
     number = {name: label for label, name in enumerate(classes)}
     labels = np.array([number.get(group, 0) for group in groups], dtype=np.int32).repeat(counts)

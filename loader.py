@@ -506,12 +506,12 @@ def pack(sources, folder, max_side, shard_size):
     print("\n".join(notes), end="\n" * (len(notes) > 0), flush=True)
     done = shards.pack(samples, classes, folder, shard_size * 2**30, partial(packed, max_side=max_side))
     print(f"packed {len(samples)} images of {len(classes)} class{'es' * (len(classes) > 1)}; now: --data_path {folder}")
-    for word, what in (("shrunk", f"made smaller, to JPEGs of quality {JPEG_QUALITY} with a longer side of {max_side}"),
-                       ("bad", "are no images that can be read, and were packed as they are"),
-                       ("unreadable", "files could not be read, and are empty in the shards")):
+    for word, what in (("shrunk", f"made smaller, JPEGs of quality {JPEG_QUALITY} with a longer side of {max_side}"),
+                       ("bad", "no images that can be read, packed as they are"),
+                       ("unreadable", "files that could not be read, empty in the shards")):
         if word in done:
-            names = "" if word == "shrunk" else f": {', '.join(done[word][:10])}" + ", ..." * (len(done[word]) > 10)
-            print(f"{len(done[word])} {what}{names}")
+            names = "" if word == "shrunk" else f" ({', '.join(done[word][:10])}{', ...' * (len(done[word]) > 10)})"
+            print(f"{what}: {len(done[word])}{names}")
 
 
 def main():

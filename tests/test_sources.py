@@ -64,13 +64,14 @@ def test_flat_nested_and_mixed_folders(tmp_path):
     assert found(mixed) == [(f"{mixed}/top.png", "."), (f"{mixed}/a/x/3.png", "a"), (f"{mixed}/a/x/y/2.png", "a"),
                             (f"{mixed}/b/1.png", "b")]
     assert classes == [".", "a", "b"] and len(notes) == 3
-    assert "1 images at its top are a class of their own" in notes[0] and notes[1].endswith(" in empty") and "1 files" in notes[2]
+    assert notes[0].endswith(" at its top are a class of their own: 1") and notes[1].endswith(" in empty")
+    assert "files that do not end in .jpg" in notes[2] and notes[2].endswith(" are left out: 1")
 
     assert "no class folders in it; move the images" in message(listing.list_images, flat)
     assert "in class folder empty" in message(listing.list_images, mixed)
     (mixed / "empty").rmdir()
     assert found(mixed, labelled=True) == found(mixed)[1:]
-    assert "1 images at its top are in no class folder and are left out" in listing.list_images(mixed).notes[0]
+    assert listing.list_images(mixed).notes[0].endswith(" at its top, which have no class, are left out: 1")
 
 
 # ---------------------------------------------------------------- lists and several places
@@ -169,8 +170,8 @@ def test_shards_are_plain_tars(photos, tmp_path, capsys):
     capsys.readouterr()
     loader.pack([tmp_path / "all"], tmp_path / "small", 30, 1.0)
     out = capsys.readouterr().out
-    assert "2 made smaller, to JPEGs of quality 90 with a longer side of 30\n" in out
-    assert f"1 are no images that can be read, and were packed as they are: {tmp_path}/all/00000.tar:large/a/3.jpg\n" in out
+    assert "\nmade smaller, JPEGs of quality 90 with a longer side of 30: 2\n" in out
+    assert f"\nno images that can be read, packed as they are: 1 ({tmp_path}/all/00000.tar:large/a/3.jpg)\n" in out
     small, before = (listing.list_images(tmp_path / name, labelled=False).samples for name in ("small", "all"))
     assert [path.read() for path, _ in small[:26]] == [path.read() for path, _ in before[:26]] and len(small) == 29
     sizes = [images.load_rgb(path).size for path, _ in small[26:28]]
