@@ -197,7 +197,7 @@ def write_output(args, key, data, rows, duplicates=None):
 
     weights = "random, untrained" if args.pretrained_weights == "random" else f"{key} of {args.pretrained_weights}"
     facts = [("weights", weights), ("images", f"{len(data.database)} in {' '.join(places_of(args.data_path))}"),
-             ("queries", f"{len(rows)}{f' in {name_of(args.queries)}' if args.queries else ''}"),
+             ("queries", f"{len(rows)}{' in ' + ' '.join(places_of(args.queries)) if args.queries else ''}"),
              ("similarity", "cosine of the features")]
     if data.gnd is not None:
         facts.append(("frames", "green: positive, easy or hard; grey: junk; red: neither"))

@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import engine
+import loader
 from evaluation import eval_copy_detection, eval_image_retrieval
 from evaluation.common import nearest as module
 from evaluation.common import ranking
@@ -442,6 +443,15 @@ def test_folders_of_ones_own(checkpoint, tmp_path, monkeypatch, capsys):
         lines = list(csv.DictReader(file))
     assert {line["query"] for line in lines} == {"photos/b/1 <b>.png", "asked/new.png"} and len(lines) == 6
     assert ("asked/new.png", "photos/b/3 <b>.png", "1") in [(line["query"], line["image"], line["rank"]) for line in lines]
+
+    # Of a list and of shards.
+    (tmp_path / "list.txt").write_text("asked/new.png\n")
+    loader.pack([tmp_path / "photos"], tmp_path / "tars", 0, 1.0)
+    run_main(monkeypatch, eval_image_retrieval, *words, "--queries", tmp_path / "list.txt", tmp_path / "tars")
+    assert "8 queries among 7 images; 10 pair(s)" in capsys.readouterr().out
+    with open(tmp_path / "out/retrieval/list.txt+tars/teacher/neighbours.csv") as file:
+        nearest = {line["query"]: line["image"] for line in csv.DictReader(file) if line["rank"] == "1"}
+    assert len(nearest) == 8 and nearest["tars/00000.tar:b/1 <b>.png"] == "photos/b/1 <b>.png"
 
 
 # ---------------------------------------------------------------- Copydays
