@@ -4,6 +4,7 @@ A folder of shards holds 00000.tar, 00001.tar, ... and INDEX: names, places and 
 """
 import os
 import tarfile
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -50,7 +51,8 @@ class Member(str):
 
     def read(self):
         """The bytes of the file. A descriptor has no place of its own here, so that processes may share it."""
-        data = os.pread(_opened(self.tar).number, self.size, self.offset)
+        opened = _opened(self.tar)  # held, or another thread could have it closed before it is read
+        data = os.pread(opened.number, self.size, self.offset)
         if len(data) < self.size:
             raise ValueError("the tar is cut short")
         return data
@@ -59,7 +61,7 @@ class Member(str):
 def is_shards(folder):
     """Whether the folder is one of shards. Raises `InputError` where their packing was interrupted."""
     if os.path.exists(os.path.join(folder, UNFINISHED)):
-        raise InputError(f"data folder {folder}: its packing into shards was interrupted; pack it again")
+        raise InputError(f"data folder {folder}: its packing into shards is not finished; if none is running, pack again")
     return os.path.isfile(os.path.join(folder, INDEX))
 
 
@@ -115,7 +117,7 @@ def _bytes(texts):
 
 
 def _write_index(folder, tars, counts, classes, labels, names, offsets, sizes):
-    """tars: paths relative to the folder, or absolute; the lists behind `classes` have an entry an image."""
+    """tars: paths relative to the folder, or absolute; the sequences behind `classes` have an entry an image."""
     encoded = [os.fsencode(name) for name in names]
     index = {"version": VERSION, "classes": _bytes(classes), "tars": _bytes(tars),
              "tar_sizes": [os.stat(os.path.join(folder, tar)).st_size for tar in tars], "counts": counts, "labels": labels,
@@ -130,7 +132,7 @@ def _write_index(folder, tars, counts, classes, labels, names, offsets, sizes):
 def pack(samples, classes, folder, shard_size, content):
     """Write images into the tars and the index of a new folder, in their order. Progress is printed.
 
-    An interrupted packing leaves the file UNFINISHED; another call starts over.
+    An interrupted packing leaves the file UNFINISHED; another call starts over. Two calls at a time wait for one another.
 
     Args:
         samples: sequence of (path or `Member`, label), with their `folders`: `listing.FileList`.
@@ -163,7 +165,8 @@ def pack(samples, classes, folder, shard_size, content):
 
 
 def _write_tars(samples, classes, folder, shard_size, content):
-    tars, counts, labels, names, offsets, sizes, done, file = [], [], [], [], [], [], {}, None
+    tars, counts, names, done, file = [], [], [], {}, None
+    labels, offsets, sizes = array("i"), array("q"), array("q")
     root = os.path.commonpath([os.path.abspath(place) for place in samples.folders])
     try:
         with ThreadPoolExecutor(default_workers() + 1) as pool:

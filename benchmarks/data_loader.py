@@ -50,6 +50,7 @@ def get_args():
     parser.add_argument("--moments", default=0, type=int, metavar="SAMPLES", help="only compare the moments of crops, four "
                         "of each sample, between the two paths, for each preset of the augmentation")
     parser.add_argument("--sizes", default=[224, 96], type=int, nargs=2, help="of global and local crops of --moments")
+    parser.add_argument("--shards", action="store_true", help="also read the images from tar shards (loader.py pack)")
     parser.add_argument("--seed", default=0, type=int)
     return parser.parse_args()
 
@@ -294,9 +295,13 @@ def main():
         in_workers, on_device = (our_folder(folder, args.local_crops_number, where, args.seed)
                                  for where in ("cpu", "device"))
         plain = PlainFolder(folder, args.local_crops_number)
-        times = compare({"reference, PIL": (plain, default_collate),
-                         "ours, photometry in workers": (in_workers, loader.collate),
-                         "ours, photometry on the device": (on_device, loader.collate)}, args.batch, args.batches)
+        paths = {"reference, PIL": (plain, default_collate), "ours, photometry in workers": (in_workers, loader.collate),
+                 "ours, photometry on the device": (on_device, loader.collate)}
+        if args.shards:
+            loader.pack([folder], folder.with_name("shards"), max_side=0, shard_size=1)
+            packed = our_folder(folder.with_name("shards"), args.local_crops_number, "device", args.seed)
+            paths["the same, from tar shards"] = (packed, loader.collate)
+        times = compare(paths, args.batch, args.batches)
         medians = {name: statistics.median(values) for name, values in times.items()}
         print(f"\n{'':32}{'CPU ms / image':>16}{'10 % .. 90 %':>16}{'images/s / core':>18}{'reference / it':>16}")
         for name, median in medians.items():

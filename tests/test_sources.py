@@ -178,6 +178,17 @@ def test_shards_are_plain_tars(photos, tmp_path, capsys):
     assert sizes == [(30, 29)] * 2 and small[28][0].read() == b"no image"
 
 
+def test_a_tar_stays_open_while_it_is_read(photos, tmp_path, monkeypatch):
+    """Another thread may have it leave the cache meanwhile."""
+    loader.pack([photos], tmp_path / "tars", 0, 1.0)
+    path, _ = listing.list_images(tmp_path / "tars").samples[0]
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *place: shards._opened.cache_clear() or pread(*place))
+    before = len(os.listdir("/proc/self/fd"))
+    assert path.read() == (photos / "cat/01 ü.png").read_bytes()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_members_are_like_paths(photos, tmp_path):
     loader.pack([photos], tmp_path / "tars", 0, 1.0)
     (tmp_path / "data/train").parent.mkdir()
@@ -264,7 +275,7 @@ def test_interrupted_packing(photos, tmp_path, capsys, monkeypatch, file_limit):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loader, "packed", killed)
         loader.pack([photos], tars, 0, 6000 / 2**30)
-    assert "its packing into shards was interrupted" in message(masked, tars)
+    assert "its packing into shards is not finished" in message(masked, tars)
     loader.pack([photos], tars, 0, 1.0)
     assert "an earlier packing was interrupted; it is started over" in capsys.readouterr().out
     assert found(tars) and sorted(os.listdir(tars)) == ["00000.tar", shards.INDEX]
@@ -275,7 +286,7 @@ def test_interrupted_packing(photos, tmp_path, capsys, monkeypatch, file_limit):
         file_limit(9000)
         assert "File too large" in message(loader.pack, [photos], tmp_path / "full", 0, 1.0)
     file_limit(-1)
-    assert "interrupted" in message(masked, tmp_path / "full")
+    assert "not finished" in message(masked, tmp_path / "full")
 
 
 def test_commands(photos, tmp_path, monkeypatch, capsys):
