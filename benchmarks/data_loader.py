@@ -1,11 +1,11 @@
 """CPU time of the data loader for an image, against the reference's pipeline of PIL operations.
 
     python benchmarks/data_loader.py                   # 2 x 224 + 10 x 96 from JPEGs of about 500 x 375
-    python benchmarks/data_loader.py --images 200 --batches 60
+    python benchmarks/data_loader.py --images 200 --batches 60 --shards             # also from tar shards
     python benchmarks/data_loader.py --write FOLDER --images 2000   # only the JPEGs
     python benchmarks/data_loader.py --moments 2500 --sizes 64 32   # whether both paths give the same crops
 
-One process, one thread; the three paths alternate batch by batch, so that all meet the same noise, and the ratios are
+One process, one thread; the paths alternate batch by batch, so that all meet the same noise, and the ratios are
 those of the medians. Time is CPU time from the file to the collated batch, as a worker of a DataLoader spends it.
 The JPEGs are crops of scikit-learn's two photographs, resized and mirrored, quality 90.
 """
@@ -246,7 +246,7 @@ def stages(dataset, batch, batches):
             crops = timed("crops", augmentation.cut, pixels, boxes, [(False, False, 0)] * len(boxes))
             turned = [crop for crop, (flip, _, _) in zip(crops, turns, strict=True) if flip]
             timed("flips", lambda crops: [crop.flip(2) for crop in crops], turned)
-            masks = timed("masks", lambda crops: [dataset._draw_mask(crop, rng) for crop in crops], crops[:2])
+            masks = timed("masks", dataset._draw_masks, crops, rng)
             timed("photometry in the worker", lambda pairs: [loader.photometry_of_crop(*pair) for pair in pairs],
                   list(zip(crops, rows, strict=True)))
             samples.append((crops, label, masks, rows))
