@@ -186,7 +186,7 @@ def test_a_tar_stays_open_while_it_is_read(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pread", lambda *place: shards._opened.cache_clear() or pread(*place))
     before = len(os.listdir("/proc/self/fd"))
     assert path.read() == (photos / "cat/01 ü.png").read_bytes()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_members_are_like_paths(photos, tmp_path):
