@@ -1,9 +1,13 @@
-"""What pre-training sees: the masked image folder, multi-crop augmentation, photometry and batches.
+"""What pre-training sees: the masked image folder, multi-crop augmentation, photometry and batches; packing of shards.
+
+    python loader.py pack FOLDER SHARDS [--max_side 512]   # main_ibot.py then takes --data_path SHARDS (docs/data.md)
+    python loader.py index SHARDS                          # the same for plain tars that were packed elsewhere
 
 Workers deliver uint8 crops, a quarter of the bytes of float32; they are normalised later, on the training device.
 Letters: B images of a batch, G global crops, L local crops, S and s their sides in pixels, h x w the mask grid of a global
 crop, M masked cells of a batch.
 """
+import argparse
 import itertools
 import math
 from contextlib import nullcontext
@@ -15,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
+import engine
+import shards
 from augmentation import AUGMENT_PRESETS, check_augment
 from engine import InputError, default_workers, ignore_signals
-from images import IMAGENET, CheckedImageFolder, load_or_replace, normalize
+from images import IMAGENET, JPEG_QUALITY, CheckedImageFolder, load_or_replace, normalize, packed
+from listing import list_images
 
 # ---------------------------------------------------------------- masks
 
@@ -79,6 +86,7 @@ class ImageFolderMask(CheckedImageFolder):
     Raises `InputError` on a folder or values that cannot be used.
 
     Args:
+        root: a folder of images, flat or nested, a list, shards, or several of them: see `listing.list_images`.
         transform: PIL RGB image -> list of [3, S, S] tensors. The first `transform.global_crops_number` get masks, all if
             it has no such attribute. With its `photometry` "device" it gives (crops, rows), the items (..., masks, rows).
         patch_size: pixels per side of a mask cell (the patch size of a ViT, 32 for Swin).
@@ -104,7 +112,7 @@ class ImageFolderMask(CheckedImageFolder):
             raise InputError(f"on_bad_image {on_bad_image!r}: must be error or skip")
         if seed < 0:
             raise InputError(f"seed {seed}: must not be negative")
-        super().__init__(root, transform)
+        super().__init__(root, transform, labelled=False)
         self.patch_size, self.pred_ratio, self.pred_ratio_var = patch_size, ratios, variances
         self.pred_shape, self.pred_aspect_ratio, self.pred_start_epoch = pred_shape, pred_aspect_ratio, pred_start_epoch
         self.seed, self.on_bad_image = seed, on_bad_image
@@ -488,3 +496,44 @@ def device_batches(data_loader, device, photometry=apply_photometry, stats=IMAGE
             for x in (x for x in batch if x is not None):
                 x.record_stream(main)  # its memory may not go to a later copy before `main` has read it
         yield finish_batch(batch, photometry, stats, dtype, tokenizer)
+
+
+# ---------------------------------------------------------------- packing
+
+def pack(sources, folder, max_side, shard_size):
+    """Pack images (see `listing.list_images`) into shards, and say what was done; shard_size: in GiB."""
+    samples, classes, notes = list_images(sources, labelled=False)
+    print("\n".join(notes), end="\n" * (len(notes) > 0), flush=True)
+    done = shards.pack(samples, classes, folder, shard_size * 2**30, partial(packed, max_side=max_side))
+    print(f"packed {len(samples)} images of {len(classes)} class{'es' * (len(classes) > 1)}; now: --data_path {folder}")
+    for word, what in (("shrunk", f"made smaller, JPEGs of quality {JPEG_QUALITY} with a longer side of {max_side}"),
+                       ("bad", "no images that can be read, packed as they are"),
+                       ("unreadable", "files that could not be read, empty in the shards")):
+        if word in done:
+            names = "" if word == "shrunk" else f" ({', '.join(done[word][:10])}{', ...' * (len(done[word]) > 10)})"
+            print(f"{what}: {len(done[word])}{names}")
+
+
+def main():
+    parser = argparse.ArgumentParser("loader.py", allow_abbrev=False, description="Tar shards of images for --data_path")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("pack", allow_abbrev=False, help="pack images into shards")
+    command.add_argument("sources", nargs="+", help="folder of images, flat or nested; a list (.txt); several of these")
+    command.add_argument("folder", help="new folder of the shards")
+    command.add_argument("--max_side", type=int, default=0, help="make images with a longer side smaller; 0: none")
+    command.add_argument("--shard_size", type=float, default=2.0, help="GiB of a tar at most")
+    command = commands.add_parser("index", allow_abbrev=False, help="write the index of tars that were packed elsewhere")
+    command.add_argument("folder", help="folder of the tars")
+    command.add_argument("--output_dir", help="folder of the index, for --data_path; by default that of the tars")
+    args = parser.parse_args()
+    if args.command == "pack":
+        engine.check_numbers(args, not_negative="max_side", positive="shard_size")
+        pack(args.sources, args.folder, args.max_side, args.shard_size)
+    else:
+        tars, count, others = shards.index_tars(args.folder, args.output_dir)
+        print(f"{count} images in {tars} tars, {others} other files in them; now: --data_path "
+              f"{args.output_dir or args.folder}")
+
+
+if __name__ == "__main__":
+    engine.run(main)

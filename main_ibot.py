@@ -108,7 +108,8 @@ def get_args_parser():
     engine.add_precision_flags(optim)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default=None, type=str, help="folder with one sub-folder of images per class or more")
+    data.add_argument("--data_path", help="folder of images, flat or nested; a list of them (.txt); tar shards; or several "
+                      "of these", **engine.SEVERAL)
     data.add_argument("--global_crops_number", default=2, type=int)
     data.add_argument("--global_crops_scale", default=[0.14, 1.0], type=float, nargs=2, help="range of their area")
     data.add_argument("--global_crops_size", default=224, type=int, help="their side in pixels")
@@ -136,7 +137,7 @@ def get_args_parser():
 def check_args(args):
     """Raise `engine.InputError` for values that cannot be trained with, before anything is touched."""
     need = engine.need
-    need(args.data_path, "--data_path is missing: the image folder to train on, one sub-folder per class")
+    need(args.data_path, "--data_path is missing: the folder of images to train on")
     engine.check_numbers(
         args, count="epochs batch_size_per_gpu out_dim patch_out_dim head_hidden_dim patch_size window_size print_freq "
                     "accum_iter global_crops_number global_crops_size local_crops_size",
@@ -448,14 +449,16 @@ def pretrain(args, run):
         if not run.path:
             pictures.write_crops(dataset, islice(sampler, 6), args.use_masked_im_modeling, run.folder)
         print(engine.describe_run(args, process))
-        print(f"data: {len(dataset)} images in {len(dataset.classes)} folders, {steps} steps an epoch")
+        classes = len(dataset.classes)
+        print(f"data: {len(dataset)} images of {classes} class{'es' * (classes > 1)}, {steps} steps an epoch")
         print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
               f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; recomputed: {recompute}; "
               f"colours changed on: {'device' if on_device else 'cpu'}; {data_loader.num_workers} loader processes")
         print(f"crops of the first batch: {run.folder / pictures.CROPS}; pixels normalised with {pixel_stats}")
         print(f"total batch: {total_batch}; "
               f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
-        print("\n".join([*recipes.notes(args, total_batch), *notes, run.where()]), flush=True)
+        notes = [*dataset.notes, *recipes.notes(args, total_batch), *notes, run.where()]
+        print("\n".join(notes), flush=True)
 
     # ============ training ============
     start_time, seen = time.time(), {}

@@ -293,7 +293,7 @@ quickstart() {
         settings+=(--data_path "${at}data/digits/train" --patch_size 4 --global_crops_size 16 --global_crops_scale 0.5 1
                    --augment none --color_jitter 0.8 0.4 0.4 0 0 --pixel_stats auto --epochs 60)
     else  # photographs, each taken as often as a quarter of an hour allows
-        files=$({ find -L "$data" -type f 2>/dev/null || true; } | wc -l)
+        files=$("$python" "${at}analysis/quickstart.py" count "$@" 2>/dev/null) || files=0  # training says what is wrong
         settings+=(--patch_size 8 --global_crops_size 64 --global_crops_scale 0.3 1 --epochs $((60000 / (files + 1) + 2)))
     fi
     if [ -z "$output" ]; then
@@ -446,7 +446,7 @@ run_tasks() {
             [ -n "$pretrains" ] && [ "$name" != imagenet_pretrain ] || own=$(flag_value --data_path ${extra[@]+"${extra[@]}"})
             for part in "" $folders; do
                 part=${own:-$data}${part:+/$part}
-                [ -d "$part" ] || die "$name: no folder $part; put the data there, or set DATA_PATH or --data_path"
+                [ -e "$part" ] || die "$name: no folder $part; put the data there, or set DATA_PATH or --data_path"
             done
         done
         [ -n "$pretrains" ] || [ "$checkpoint" = random ] || [ -f "$checkpoint" ] ||

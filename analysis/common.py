@@ -17,6 +17,7 @@ from evaluation.common.arguments import int_from
 from evaluation.common.backbone import load_evaluated_backbone, read_weights
 from evaluation.common.data import ImageSet
 from images import CheckedImageFolder, normalize
+from listing import name_of
 from pictures import font
 
 # ---------------------------------------------------------------- flags and the network
@@ -34,7 +35,8 @@ def analysis_parser(description, weights="--pretrained_weights", data="data/imag
                         "state_dict in a file that has no teacher")
     parser.add_argument("--arch", choices=models.ARCHS, help="by default the checkpoint's own, else vit_small")
     parser.add_argument("--patch_size", type=int_from(1), help="by default the checkpoint's own, else 16")
-    parser.add_argument("--data_path", default=data, help="image folder, one folder per class")
+    parser.add_argument("--data_path", default=data, **engine.SEVERAL,
+                        help="folder of images, a list of them (.txt), tar shards, or several of these")
     add_run_flags(parser)
     return parser
 
@@ -108,10 +110,10 @@ def check_same_pixels(backbone, other, flag):
 
 # ---------------------------------------------------------------- images
 
-def image_folder(path, transform=None):
-    """The image folder PATH/CLASS/IMAGE as an `ImageSet` of (transform(PIL RGB image), label, index)."""
-    folder = CheckedImageFolder(path)
-    return ImageSet(Path(path).name, folder.root, folder.samples, folder.targets, folder.classes, transform)
+def image_folder(path, transform=None, labelled=True):
+    """The images at `path` as an `ImageSet` of (transform(PIL RGB image), label, index), see `CheckedImageFolder`."""
+    folder = CheckedImageFolder(path, labelled=labelled)
+    return ImageSet(name_of(path), folder.root, folder.samples, folder.targets, folder.classes, transform)
 
 
 def squared(height, width, normalize=normalize):

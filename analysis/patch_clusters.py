@@ -35,7 +35,8 @@ BLOCK = 2**16  # rows at a time, and rows of the start
 def get_args_parser():
     parser = argparse.ArgumentParser(description="k-means of image patches' colours", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", default="data/imagenet/train", help="image folder, one folder per class")
+    parser.add_argument("--data_path", default="data/imagenet/train", **engine.SEVERAL,
+                        help="folder of images, a list of them (.txt), tar shards, or several of these")
     parser.add_argument("--out", required=True, help="file of the centroids, .safetensors")
     parser.add_argument("--clusters", type=int_from(2), default=4096, help="K")
     parser.add_argument("--patch_size", type=int_from(1), default=16)
@@ -114,7 +115,8 @@ def main():
     engine.need(args.image_size % args.patch_size == 0,
                 f"--image_size {args.image_size} is not a multiple of --patch_size {args.patch_size}")
     device = engine.choose_device(args.device, 0)
-    images = ImageFolderInstance(args.data_path, eval_transform(args.image_size, normalize=torch.nn.Identity()))
+    images = ImageFolderInstance(args.data_path, eval_transform(args.image_size, normalize=torch.nn.Identity()),
+                                 labelled=False)
     count = len(images)
     if args.subset != "1":
         images.targets = np.asarray(images.targets, dtype=np.int64)

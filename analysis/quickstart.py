@@ -27,6 +27,7 @@ from evaluation.common.data import eval_transform, image_folders
 from evaluation.common.features import extract_features, pool_features, sharded_loader
 from evaluation.common.knn import knn_classify, topk_accuracy
 from images import BadImage, ImageFolderInstance, denormalize, load_rgb, normalize
+from listing import list_images
 from pictures import CROPS, TILE, fit, save_grid
 
 K, SHOWN = 10, 5  # neighbours that vote, and that are drawn
@@ -64,13 +65,14 @@ def train_and_val(data_path, size, normalize=normalize):
     """Data sets of (image, label, index) to compare with, for images of `size` pixels: (train, val).
 
     DATA/train and DATA/val where these are (`data_path` may name either DATA or DATA/train). Otherwise every fifth
-    image of each class folder of `data_path` is for validation.
+    image of each class of `data_path`, see `listing.list_images`, is for validation.
     """
-    path = Path(data_path)
-    for root in (path, path.resolve().parent):
-        if (root / "val").is_dir() and (root == path or path.resolve().name == "train") and (root / "train").is_dir():
-            return image_folders(root, size, normalize)
-    parts = [ImageFolderInstance(path, transform=eval_transform(size, normalize)) for _ in ("train", "val")]
+    if isinstance(data_path, (str, os.PathLike)):
+        path = Path(data_path)
+        for root in (path, path.resolve().parent):
+            if (root / "val").is_dir() and (root == path or path.resolve().name == "train") and (root / "train").is_dir():
+                return image_folders(root, size, normalize)
+    parts = [ImageFolderInstance(data_path, eval_transform(size, normalize), labelled=False) for _ in ("train", "val")]
     samples, seen, val = parts[0].samples, {}, []
     for _, label in samples:
         seen[label] = seen.get(label, 0) + 1
@@ -228,7 +230,7 @@ def report(folder, data_path=None, device="auto", num_workers=1):
                   "                 (what it learned, as a page: clusters, attention, correspondence, robustness)"]
     lines += [f"curves:          {sys.executable} -m tensorboard.main --logdir {folder / 'tf_logs'}",
               "your own images: ./run.sh quickstart --data_path FOLDER --output_dir work_dirs/mine",
-              "                 (FOLDER/CLASS/IMAGE; one class will do)",
+              "                 (a folder with images in it, or in folders of it)",
               "the real thing:  ./run.sh imagenet_pretrain+imagenet_knn JOB_NAME vit_small teacher 8   (see README.md)"]
     print("\n" + "=" * 80 + "\n" + "\n".join(lines), flush=True)
 
@@ -236,13 +238,22 @@ def report(folder, data_path=None, device="auto", num_workers=1):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("data", "write the digits as an image folder"), ("report", "evaluate a run and draw pictures")):
+    for name, what in (("data", "write the digits as an image folder"), ("count", "how many images --data_path holds"),
+                       ("report", "evaluate a run and draw pictures")):
         command = commands.add_parser(name, help=what)
-        command.add_argument("--output_dir", required=True)
-    command.add_argument("--data_path", help="by default the folder that the run was trained on")
+        if name != "count":
+            command.add_argument("--output_dir", required=True)
+        if name != "data":
+            command.add_argument("--data_path", help="by default the images that the run was trained on",
+                                 **engine.SEVERAL)
     command.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     command.add_argument("--num_workers", default=1, type=int)
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
+    if args.command == "count":  # run.sh hands all flags of the quickstart on
+        print(len(list_images(args.data_path, labelled=False).samples))
+        return
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     if args.command == "data":
         write_digits(args.output_dir)
     else:

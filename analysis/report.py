@@ -26,6 +26,7 @@ from analysis import common
 from evaluation.common.arguments import int_from
 from evaluation.common.charts import draw_curves, loss_curves, read_log
 from evaluation.common.pages import page, section
+from listing import name_of, places_of
 from pictures import CROPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +93,9 @@ def get_args_parser():
 
 
 def find_data(path):
-    """(folder with train/ and val/ or None, folder of images to look at) for DATA, DATA/train or another image folder."""
+    """(folder with train/ and val/ or None, images to look at) for DATA, DATA/train or others that can be listed."""
+    if isinstance(path, list):
+        return None, path
     path = Path(path)
     for root in (path, path.resolve().parent):
         if (root / "val").is_dir() and (root == path or path.name in ("train", "val")):
@@ -105,9 +108,10 @@ def plan(args, backbone, root, images, out):
     size, cell, count = backbone.image_size, backbone.patch_size, args.pictures
     settings = ["--device", args.device, "--num_workers", args.num_workers, "--arch", backbone.arch, "--patch_size", cell]
     network = ["--pretrained_weights", args.pretrained_weights, "--checkpoint_key", backbone.key, *settings]
-    patterns = ["extract_pattern/extract_topk_cluster.py", "--pretrained_path", *network[1:], "--data_path", images,
+    places = places_of(images)
+    patterns = ["extract_pattern/extract_topk_cluster.py", "--pretrained_path", *network[1:], "--data_path", *places,
                 "--topk", 36, "--show_pics", 18, "--save_path", out / "patterns"]
-    pairs = ["correspondence/visualize_correspondence.py", *network, "--data_path", images, "--show_nums", count,
+    pairs = ["correspondence/visualize_correspondence.py", *network, "--data_path", *places, "--show_nums", count,
              "--topk", min(12, max(1, (size // cell) ** 2 // 3)), "--output_path", out / "correspondence"]
     sheet = "The largest clusters: rank, number of the cluster, how many {}, and the clearest ones"
     heads = f"heads 0 to {backbone.model.blocks[-1].attn.num_heads - 1}"
@@ -119,15 +123,15 @@ def plan(args, backbone, root, images, out):
              "clusters of"),
         Step("Clusters of images", [[*patterns, "--type", "cls"]],
              [(out / "patterns", "ccls_overview.png", 1, sheet.format("images"))], "clusters of"),
-        Step("Patch features", [["pca_map/visualize_pca.py", *network, "--data_path", images, "--show_pics", 2 * count,
+        Step("Patch features", [["pca_map/visualize_pca.py", *network, "--data_path", *places, "--show_pics", 2 * count,
                                  "--output_dir", out / "pca"]],
              [(out / "pca", "pca.png", 1, "Images, each above its patches")], "of the variance"),
-        Step("Self-attention", [["attention_map/visualize_attention.py", *network, "--data_path", images, "--image_size",
+        Step("Self-attention", [["attention_map/visualize_attention.py", *network, "--data_path", *places, "--image_size",
                                  larger, "--show_pics", count, "--output_dir", out / "attention"]],
              [(out / "attention", "idx*_attn.png", count, f"Image {{}}: as it is; heads in colour; heat maps of {heads}")]),
-        Step("Nearest images", [["../evaluation/eval_image_retrieval.py", *network, "--data_path", images,
-                                 "--queries", images, "--imsize", size, "--output_dir", out]],
-             [(out / "retrieval" / images.resolve().name / backbone.key, "query*.png", 3, "Image {} and its nearest")],
+        Step("Nearest images", [["../evaluation/eval_image_retrieval.py", *network, "--data_path", *places,
+                                 "--queries", *places, "--imsize", size, "--output_dir", out]],
+             [(out / "retrieval" / name_of(images) / backbone.key, "query*.png", 3, "Image {} and its nearest")],
              "similarity from"),
         Step("Correspondence between two views", [[*pairs, "--sample_type", "instance"]],
              [(out / "correspondence", "instance_corresp*.png", count, "Pair {}: two views of an image")],
@@ -137,8 +141,8 @@ def plan(args, backbone, root, images, out):
     folder = Path(args.pretrained_weights).parent
     if Path(args.pretrained_weights).name == engine.CHECKPOINT and (folder / "log.txt").is_file():  # of a pre-training
         steps.insert(0, Step("Before and after training", [
-            ["quickstart.py", "report", "--output_dir", folder, "--data_path", root or images, "--device", args.device,
-             "--num_workers", args.num_workers]],
+            ["quickstart.py", "report", "--output_dir", folder, "--data_path", *([root] if root else places),
+             "--device", args.device, "--num_workers", args.num_workers]],
             [(folder / "pictures", "neighbours.png", 1, "")], "^k-NN"))
     measured = folder / "robustness"
     tables = []
@@ -236,10 +240,10 @@ def main():
     path = Path(args.pretrained_weights)
     stored = checkpoint.get("args")
     data = args.data_path or getattr(stored, "data_path", None)
-    if not isinstance(data, str):
+    if not (isinstance(data, str) or isinstance(data, list) and all(isinstance(place, str) for place in data)):
         raise engine.InputError(f"--data_path: is needed, as {path} does not say what it was trained on")
     root, images = find_data(data)
-    common.image_folder(images)  # its errors before the work
+    common.image_folder(images, labelled=False)  # its errors before the work
     out = common.output_folder(args.output_dir or path.parent / "report", "--output_dir")
     sections, failed = [training_section(path.parent, out), video_section(path.parent, backbone.key)], []
     for step in plan(args, backbone, root, images, out):
@@ -251,7 +255,7 @@ def main():
         print(f"{step.title}: {error or 'done'} ({time.time() - start:.0f} s)", flush=True)
     facts = [("checkpoint", path), ("network", f"{backbone.key}, {backbone.arch}, patches of {backbone.patch_size} pixels"),
              ("trained for", f"{checkpoint['epoch']} epochs" if "epoch" in checkpoint else "unknown"),
-             ("images", images), ("made", time.strftime("%Y-%m-%d %H:%M"))]
+             ("images", " ".join(map(str, places_of(images)))), ("made", time.strftime("%Y-%m-%d %H:%M"))]
     target = out / "index.html"
     text = page(f"What {path.parent.name or path} has learned", facts, [part for part in sections if part])
     target.write_text(text, encoding="utf-8", errors="replace")  # as it says itself, whatever the locale

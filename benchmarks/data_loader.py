@@ -1,11 +1,11 @@
 """CPU time of the data loader for an image, against the reference's pipeline of PIL operations.
 
     python benchmarks/data_loader.py                   # 2 x 224 + 10 x 96 from JPEGs of about 500 x 375
-    python benchmarks/data_loader.py --images 200 --batches 60
+    python benchmarks/data_loader.py --images 200 --batches 60 --shards             # also from tar shards
     python benchmarks/data_loader.py --write FOLDER --images 2000   # only the JPEGs
     python benchmarks/data_loader.py --moments 2500 --sizes 64 32   # whether both paths give the same crops
 
-One process, one thread; the three paths alternate batch by batch, so that all meet the same noise, and the ratios are
+One process, one thread; the paths alternate batch by batch, so that all meet the same noise, and the ratios are
 those of the medians. Time is CPU time from the file to the collated batch, as a worker of a DataLoader spends it.
 The JPEGs are crops of scikit-learn's two photographs, resized and mirrored, quality 90.
 """
@@ -50,6 +50,7 @@ def get_args():
     parser.add_argument("--moments", default=0, type=int, metavar="SAMPLES", help="only compare the moments of crops, four "
                         "of each sample, between the two paths, for each preset of the augmentation")
     parser.add_argument("--sizes", default=[224, 96], type=int, nargs=2, help="of global and local crops of --moments")
+    parser.add_argument("--shards", action="store_true", help="also read the images from tar shards (loader.py pack)")
     parser.add_argument("--seed", default=0, type=int)
     return parser.parse_args()
 
@@ -245,7 +246,7 @@ def stages(dataset, batch, batches):
             crops = timed("crops", augmentation.cut, pixels, boxes, [(False, False, 0)] * len(boxes))
             turned = [crop for crop, (flip, _, _) in zip(crops, turns, strict=True) if flip]
             timed("flips", lambda crops: [crop.flip(2) for crop in crops], turned)
-            masks = timed("masks", lambda crops: [dataset._draw_mask(crop, rng) for crop in crops], crops[:2])
+            masks = timed("masks", dataset._draw_masks, crops, rng)
             timed("photometry in the worker", lambda pairs: [loader.photometry_of_crop(*pair) for pair in pairs],
                   list(zip(crops, rows, strict=True)))
             samples.append((crops, label, masks, rows))
@@ -294,9 +295,13 @@ def main():
         in_workers, on_device = (our_folder(folder, args.local_crops_number, where, args.seed)
                                  for where in ("cpu", "device"))
         plain = PlainFolder(folder, args.local_crops_number)
-        times = compare({"reference, PIL": (plain, default_collate),
-                         "ours, photometry in workers": (in_workers, loader.collate),
-                         "ours, photometry on the device": (on_device, loader.collate)}, args.batch, args.batches)
+        paths = {"reference, PIL": (plain, default_collate), "ours, photometry in workers": (in_workers, loader.collate),
+                 "ours, photometry on the device": (on_device, loader.collate)}
+        if args.shards:
+            loader.pack([folder], folder.with_name("shards"), max_side=0, shard_size=1)
+            packed = our_folder(folder.with_name("shards"), args.local_crops_number, "device", args.seed)
+            paths["the same, from tar shards"] = (packed, loader.collate)
+        times = compare(paths, args.batch, args.batches)
         medians = {name: statistics.median(values) for name, values in times.items()}
         print(f"\n{'':32}{'CPU ms / image':>16}{'10 % .. 90 %':>16}{'images/s / core':>18}{'reference / it':>16}")
         for name, median in medians.items():

@@ -32,6 +32,7 @@ from engine.device import (
 from engine.errors import EXIT_PREEMPTED, InputError, Preempted, one_line
 from engine.files import CHECKPOINT, FREE_FLAGS, PREVIOUS, PROGRESS, Files, changed_flags, check_output, read_checkpoint
 from engine.flags import (
+    SEVERAL,
     SWITCH,
     add_bad_image_flags,
     add_compile_flags,

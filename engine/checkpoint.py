@@ -142,8 +142,9 @@ def _check_archive(file):
                 raise ValueError(f"its pickle has protocol {value}, not 2 as torch.save writes it")
 
 
-def save_atomically(obj, path, previous=None):
-    """`torch.save` to a temporary file in the same folder, synced, then renamed: no reader ever sees half a file.
+def save_atomically(obj, path, previous=None, write=None):
+    """`write(obj, file)`, by default `torch.save`, to a temporary file in the same folder, synced, then renamed: no reader
+    ever sees half a file.
 
     With `previous` the file that `path` replaces is kept under that name.
     """
@@ -151,7 +152,7 @@ def save_atomically(obj, path, previous=None):
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            torch.save(obj, file)
+            (write or torch.save)(obj, file)
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():

@@ -19,6 +19,14 @@ def bool_flag(text):
 SWITCH = {"type": bool_flag, "nargs": "?", "const": True}  # `--flag` alone is true
 
 
+class _OneOrMore(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+SEVERAL = {"nargs": "+", "action": _OneOrMore}  # a string, and a list of them only where several are given
+
+
 def add_device_flags(group):
     group.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     group.add_argument("--dist_url", default="env://", help="rendezvous of several processes")

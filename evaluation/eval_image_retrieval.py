@@ -23,7 +23,6 @@ from evaluation.common.nearest import (
     check_files,
     check_sizes,
     extract_listed,
-    folder_images,
     image_sizes,
     nearest,
     retrieval_features,
@@ -33,6 +32,7 @@ from evaluation.common.nearest import (
 from evaluation.common.neighbours import (
     add_neighbour_flags,
     compare_folders,
+    image_paths,
     retrieval_set,
     rows_of,
     source_of,
@@ -41,12 +41,13 @@ from evaluation.common.neighbours import (
 from evaluation.common.protocol import read_vits, start_process
 from evaluation.common.ranking import PRECISIONS, read_ground_truth, retrieval_scores
 from evaluation.common.results import append_result, results_folder
+from listing import name_of, places_of
 
 SETS = ("roxford5k", "rparis6k")
 
 
 def get_args_parser():
-    parser = evaluation_parser("Retrieval by features of a frozen backbone", frozen=False, labelled=False)
+    parser = evaluation_parser("Retrieval by features of a frozen backbone", frozen=False, labelled=False, several=True)
     parser.set_defaults(data_path="data/revisited_paris_oxford", batch_size_per_gpu=32)
     features = parser.add_argument_group("features")
     features.add_argument("--imsize", type=int_from(1), default=224,
@@ -58,8 +59,9 @@ def get_args_parser():
     retrieval.add_argument("--dataset", choices=SETS, nargs="+", help="evaluated in turn; by default roxford5k")
     retrieval.add_argument("--crop_queries", type=engine.bool_flag, nargs="?", const=True, default=False,
                            help="cut queries to their boxes, as the official protocol does; not so the published numbers")
-    retrieval.add_argument("--queries", metavar="FOLDER",
-                           help="look for these images among those of --data_path (sub-folders too), not for a data set")
+    retrieval.add_argument("--queries", metavar="FOLDER", **engine.SEVERAL,
+                           help="look for these images among those of --data_path, not for a data set; both take a folder, "
+                                "a list (.txt), tar shards, or several of these")
     add_neighbour_flags(retrieval)
     return parser
 
@@ -78,11 +80,10 @@ def read_benchmark(data_path, name, crop_queries):
 
 
 def read_folders(data_path, queries):
-    """The `RetrievalSet` of two folders, or of one against itself."""
-    images, asked = ([os.path.realpath(path) for path in folder_images(folder, flag, recursive=True)]
-                     for folder, flag in ((data_path, "--data_path"), (queries, "--queries")))
+    """The `RetrievalSet` of two folders (see `listing.list_images`), or of one against itself."""
+    images, asked = map(image_paths, (data_path, queries))
     root = os.path.commonpath([os.path.dirname(path) for path in images + asked])
-    return retrieval_set(Path(queries).resolve().name, root, [(path, None) for path in images],
+    return retrieval_set(name_of(queries), root, [(path, None) for path in images],
                          [(path, None) for path in asked], None)
 
 
@@ -123,6 +124,8 @@ def main():
         raise engine.InputError("--queries and --dataset: either folders or a data set")
     if args.queries and not args.output_dir:
         raise engine.InputError("--queries: --output_dir is needed, for the table and the page")
+    if not args.queries and not isinstance(args.data_path, str):
+        raise engine.InputError("--data_path: several folders are for --queries")
     process = start_process(args)
     backbones = read_vits(args)
     for backbone in backbones.values():
@@ -144,9 +147,9 @@ def main():
             else:
                 values, places = evaluate_benchmark(args, key, backbone, data, found, process.device)
             if args.output_dir:
-                queries = f"{len(data.queries)}{f' in {args.queries}' if args.queries else ''}"
+                queries = f"{len(data.queries)}{' in ' + ' '.join(places_of(args.queries)) if args.queries else ''}"
                 facts = [("weights", source_of(args.pretrained_weights, key)),
-                         ("images", f"{len(data.database)} in {args.data_path}"), ("queries", queries)]
+                         ("images", f"{len(data.database)} in {' '.join(places_of(args.data_path))}"), ("queries", queries)]
                 write_neighbours(Path(args.output_dir) / "retrieval" / data.name / key, facts, data,
                                  rows_of(data, values, places, args.topk), args.page_queries, duplicates)
 

@@ -20,6 +20,7 @@ from conftest import ROOT
 import engine
 import extract_backbone_weights
 import images
+import listing
 import main_ibot
 import models
 from evaluation import eval_knn
@@ -112,17 +113,17 @@ def test_index_of_a_data_folder(digits, tmp_path, monkeypatch, capsys):
     name = hashlib.sha256(os.fsencode(os.path.realpath(data))).hexdigest()[:32]
     path = tmp_path / "ibot" / f"{name}.index"
     path.parent.mkdir()
-    index, _ = images._walk(data)
+    index, _ = listing._walk(data)
     torch.save(index, path)
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_walk", None)
+        patch.setattr(listing, "_walk", None)
         expected = images.CheckedImageFolder(data).samples  # as it is, it is used
     hostile = [{"names": Evil(tmp_path)}, {"version": Evil(tmp_path)}, {"folders": "x"}, {"modified": [1]}, {"modified": ...},
                {"counts": torch.tensor([1])}, {"counts": -index["counts"]}, {"ends": index["ends"].float()},
                {"ends": index["ends"] + 5}, {"ends": index["ends"].flip(0)}, {"names": index["names"][:-4]},
-               {"names": index["names"].clone().fill_(ord("/"))},
-               {"folders": images._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"../0", 1))},
-               {"folders": images._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"/0", 1))}]
+               {"names": index["names"].clone().fill_(ord("/"))}, {"others": "many"},
+               {"folders": listing._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"../0", 1))},
+               {"folders": listing._bytes(index["folders"].numpy().tobytes().replace(b"\0" + b"0", b"\0" + b"/0", 1))}]
     for changed in hostile:
         torch.save({key: value for key, value in {**index, **changed}.items() if value is not ...}, path)
         engine.say_once.cache_clear()

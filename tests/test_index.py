@@ -1,4 +1,4 @@
-"""The cached listing of an image folder (images.folder_index) against torchvision's walk."""
+"""The cached listing of an image folder (listing.folder_index) against torchvision's walk."""
 import contextlib
 import os
 import pickle
@@ -13,6 +13,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import images
+import listing
 from engine import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,7 +258,7 @@ def test_without_a_place_for_it_the_run_goes_on(folder, tmp_path, monkeypatch, c
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(images, "save_atomically", full)
+    monkeypatch.setattr(listing, "save_atomically", full)
     check(open_folder(folder), folder)
     assert "No space left on device" in capsys.readouterr().err
 
@@ -290,8 +291,6 @@ def slow(path):
     open(sys.argv[2], "w").close()
     time.sleep(0.1)
     return scan(path)
-check = images.check_image_folder
-images.check_image_folder = lambda root: None  # looks at the top folder, in every process
 os.scandir = slow
 dataset = images.CheckedImageFolder(sys.argv[1])
 print(len(walked), len(dataset), dataset.samples[5])

@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import engine
+import loader
 from evaluation import embed, eval_copy_detection, eval_image_retrieval
 from evaluation.common import nearest as module
 from evaluation.common import ranking
@@ -444,6 +445,15 @@ def test_folders_of_ones_own(checkpoint, tmp_path, monkeypatch, capsys):
     assert {line["query"] for line in lines} == {"photos/b/1 <b>.png", "asked/new.png"} and len(lines) == 6
     assert ("asked/new.png", "photos/b/3 <b>.png", "1") in [(line["query"], line["image"], line["rank"]) for line in lines]
 
+    # Of a list and of shards.
+    (tmp_path / "list.txt").write_text("asked/new.png\n")
+    loader.pack([tmp_path / "photos"], tmp_path / "tars", 0, 1.0)
+    run_main(monkeypatch, eval_image_retrieval, *words, "--queries", tmp_path / "list.txt", tmp_path / "tars")
+    assert "8 queries among 7 images; 10 pair(s)" in capsys.readouterr().out
+    with open(tmp_path / "out/retrieval/list.txt+tars/teacher/neighbours.csv") as file:
+        nearest = {line["query"]: line["image"] for line in csv.DictReader(file) if line["rank"] == "1"}
+    assert len(nearest) == 8 and nearest["tars/00000.tar:b/1 <b>.png"] == "photos/b/1 <b>.png"
+
 
 # ---------------------------------------------------------------- features of any folder
 
@@ -489,8 +499,8 @@ def test_features_of_any_folder(checkpoint, photos, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("words, message", [
     (["--output", "{tmp}/a.npy"], r"a.npy: its name must end in .npz"),
-    (["--data_path", "{tmp}/nowhere"], r"--data_path .*nowhere: No such file"),
-    (["--data_path", "{tmp}"], r"--data_path .*: no image in it"),
+    (["--data_path", "{tmp}/nowhere"], r"nowhere: No such file"),
+    (["--data_path", "{tmp}"], r"no image .* in it"),
     (["--output", "{data}/notes.txt/a.npz"], r"a.npz: its folder cannot be made"),
     (["--checkpoint_key", "teacher,student"], r"key 'teacher,student' is not in the file"),
     (["--n_last_blocks", "9"], r"--n_last_blocks 9"),
@@ -569,8 +579,8 @@ def test_order_distractors_and_missing_blocks(checkpoint, copydays, tmp_path, mo
     ("images", ["--data_path", "{tmp}/evil"], r"gnd_roxford5k.pkl: it holds posix.system"),
     ("images", ["--queries", "{tmp}", "--dataset", "rparis6k"], r"--queries and --dataset: either"),
     ("images", ["--queries", "{tmp}"], r"--queries: --output_dir is needed"),
-    ("images", ["--queries", "{tmp}/nowhere", "--output_dir", "{tmp}/out"], r"--queries .*nowhere: No such file"),
-    ("images", ["--queries", "{tmp}/none", "--output_dir", "{tmp}/out"], r"--queries .*none: no image in it"),
+    ("images", ["--queries", "{tmp}/nowhere", "--output_dir", "{tmp}/out"], r"data folder .*nowhere: No such file"),
+    ("images", ["--queries", "{tmp}/none", "--output_dir", "{tmp}/out"], r"data folder .*none: no image .* in it"),
     ("images", ["--queries", "{data}", "--output_dir", "{tmp}/file"], r"file/.*: cannot be written"),
     ("images", ["--n_last_blocks", "9"], r"--n_last_blocks 9: the backbone has 4 blocks"),
 ])

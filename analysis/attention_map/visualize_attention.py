@@ -106,7 +106,7 @@ def main():
     if args.image_path:
         batches = [(transform(load_rgb(args.image_path))[None], None, None)]
     else:
-        images = common.image_folder(args.data_path, transform)
+        images = common.image_folder(args.data_path, transform, labelled=False)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:args.show_pics].tolist()
         batches = DataLoader(Subset(images, order), args.batch_size, num_workers=args.num_workers)
     written = 0

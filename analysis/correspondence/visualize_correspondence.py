@@ -203,7 +203,7 @@ def main():
         judge = common.load_vit(args.attention_from, None, args.attention_arch, args.attention_patch_size, size)[0]
         common.check_same_pixels(backbone, judge, "--attention_from")
         judge = judge.model.to(process.device)
-    images = common.image_folder(args.data_path, common.squared(size, size, backbone.normalize))
+    images = common.image_folder(args.data_path, common.squared(size, size, backbone.normalize), labelled=False)
     folder = common.output_folder(args.output_path, "--output_path") if args.show_pics else None
 
     drawn, counts = 0, []  # of each batch: right matches, overlapping patches

@@ -286,7 +286,7 @@ def main():
     if args.out_dim not in (None, K):
         raise engine.InputError(f"--out_dim {args.out_dim}: the head of {backbone.key} has {K} outputs")
     crop = common.centre(size)
-    images = common.image_folder(args.data_path, v2.Compose([crop, v2.PILToTensor(), backbone.normalize]))
+    images = common.image_folder(args.data_path, v2.Compose([crop, v2.PILToTensor(), backbone.normalize]), labelled=False)
 
     # ============ memory bank ============
     temperature = args.temperature if args.confidence == "probability" else None

@@ -23,11 +23,11 @@ def probability(text):
     return float(text)
 
 
-def evaluation_parser(description, frozen=True, labelled=True, recorded=True):
+def evaluation_parser(description, frozen=True, labelled=True, several=False, recorded=True):
     """An `ArgumentParser` with the shared flags; a protocol adds its own and overrides defaults with `set_defaults`.
 
-    frozen: with the flags of features that are extracted once. labelled: with those of training and validation images.
-    recorded: with the folders of results.json.
+    frozen: with the flags of features that are extracted once. labelled: with those of training and validation images;
+    without, several: --data_path may name several places. recorded: with the folders of results.json.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -49,7 +49,7 @@ def evaluation_parser(description, frozen=True, labelled=True, recorded=True):
     if labelled:
         _add_labelled(data)
     else:
-        data.add_argument("--data_path", help="folder of the data")
+        data.add_argument("--data_path", help="folder of the data", **(engine.SEVERAL if several else {}))
     data.add_argument("--batch_size_per_gpu", type=int_from(1), default=128, help="images per process and batch")
     data.add_argument("--num_workers", type=int_from(0), default=engine.default_workers(),
                       help="loader workers per process; by default its share of the cores less one, at most 10")

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import engine
-from images import CheckedImageFolder, ImageFolderInstance, load_rgb, normalize
+from images import CheckedImageFolder, ImageFolderInstance, file_state, load_rgb, normalize
 
 # Where each data set is looked for by default, and what must be in that folder.
 DATASETS = {
@@ -99,8 +99,7 @@ class ImageSet(Dataset):
                 if isinstance(source, np.ndarray):
                     state = hashlib.sha256(source.tobytes()).hexdigest()
                 else:
-                    found = os.stat(source)
-                    state = f"{self._relative(source)} {found.st_size} {found.st_mtime_ns}"
+                    state = f"{self._relative(source)} {' '.join(map(str, file_state(source)))}"
                 lines.append(f"{state} {label}\n")
             return "".join(lines).encode(errors="surrogateescape")
 

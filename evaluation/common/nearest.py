@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 import engine
 from evaluation.common.features import extract_features, pool_features
-from images import IMAGE_FORMATS, BadImage, load_rgb, normalize
+from images import IMAGE_FORMATS, BadImage, load_rgb, normalize, open_image
 
 SCALES = (1, 2 ** -0.5, 0.5)
 MAX_BLOCK = 2**26  # similarities at a time: 256 MB
@@ -25,16 +25,15 @@ MAX_BLOCK = 2**26  # similarities at a time: 256 MB
 
 # ---------------------------------------------------------------- files
 
-def folder_images(folder, flag, recursive=False):
+def folder_images(folder, flag):
     """Sorted paths of the image files in a folder. Raises InputError, naming `flag`, if it is none or has none."""
     def stop(error):
         raise engine.InputError(f"{flag} {error.filename or folder}: {error.strerror}") from error
 
     paths = []
-    for place, folders, names in os.walk(os.path.expanduser(folder), onerror=stop, followlinks=False):
+    for place, folders, names in os.walk(os.path.expanduser(folder), onerror=stop):
         paths += [os.path.join(place, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-        if not recursive:
-            folders.clear()
+        folders.clear()
     if not paths:
         raise engine.InputError(f"{flag} {folder}: no image in it ({', '.join(IMG_EXTENSIONS)})")
     return sorted(paths)
@@ -73,7 +72,7 @@ def _within(box, size):
 def image_size(path, box=None):
     """(width, height) of what `crop` leaves of an image file; only its head is read. Raises InputError."""
     try:
-        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+        with open_image(path)[0] as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             size = image.size
     except Exception:  # decoders raise almost anything; this says what is wrong
         size = load_rgb(path).size

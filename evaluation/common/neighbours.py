@@ -4,6 +4,7 @@ Letters: n images of the database, Q queries, F feature size.
 """
 import csv
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ import engine
 from evaluation.common.arguments import int_from
 from evaluation.common.nearest import near_duplicates, nearest, relative
 from evaluation.common.pages import Row, neighbour_page, neighbour_strip
+from listing import list_images, places_of
+from shards import Member
 
 STRIPS, BEST = 3, 5  # pictures of single queries, and the nearest images on each
 LISTED, SHOWN = 10_000, 30  # near-duplicates in the table and on the page
@@ -36,6 +39,12 @@ class RetrievalSet:
     database: torch.Tensor
     queries: torch.Tensor
     gnd: list | None
+
+
+def image_paths(source):
+    """Whole paths of all images of what `listing.list_images` takes, sorted."""
+    found = list_images(list(map(os.path.abspath, places_of(source))), labelled=False).samples
+    return sorted(path if isinstance(path, Member) else os.path.realpath(path) for path, _ in found)
 
 
 def retrieval_set(name, root, database, queries, gnd=None):
