@@ -82,7 +82,7 @@ def test_two_images_are_learnt_by_heart(pair, tmp_path, capsys):
     with Image.open(image) as before, Image.open(tmp_path / "p" / "000000_detections.png") as after:
         before = before.resize(after.size, Image.Resampling.NEAREST)  # small images are enlarged
         assert (np.array(before) != np.array(after)).any(axis=2).mean() > 0.02
-    assert (tmp_path / "o" / "detections.png").exists() and "000000_detections.png: " in capsys.readouterr().out
+    assert (tmp_path / "o" / "detections.png").exists() and "000000_detections.png of " in capsys.readouterr().out
 
     # Once more: nothing to do, and nothing is recorded twice.
     train(pair, tmp_path / "o", *words, "--load_from", "auto")
