@@ -535,6 +535,31 @@ def test_a_stopped_quickstart_says_how_to_go_on(repository):
     assert result.stderr.endswith("run.sh quickstart --seed 1, with --load_from auto\n"), result.stderr
 
 
+def test_dense_demo_trains_from_both_starts_alike(repository):
+    digits, scenes, *trainings, report = commands(repository, "dense_demo", "--seed", 1)
+    assert digits[1:3] == ["analysis/quickstart.py", "data"] and scenes[1:3] == ["analysis/dense_demo.py", "data"]
+    for first, second in (trainings[:2], trainings[2:]):
+        assert flag(first, "--pretrained_weights") == "work_dirs/quickstart/checkpoint.pth"
+        assert flag(second, "--pretrained_weights") == "random" and first[-2:] == ["--seed", "1"]
+        assert [a for a, b in zip(first, second, strict=True) if a != b] == [
+            flag(first, "--pretrained_weights"), flag(first, "--output_dir")]
+    assert flag(report, "--output_dir") == "work_dirs/dense_demo"
+    path = fake_python(repository / "bin", 0)
+    assert "no checkpoint work_dirs/quickstart/checkpoint.pth; ./run.sh quickstart makes one" in error(
+        call(repository, "dense_demo", path=path))
+
+
+def test_dense_demo_ends_with_the_training_that_failed(repository):
+    """It is the second, beside the first; what it printed is in a file."""
+    (repository / "work_dirs/quickstart").mkdir(parents=True)
+    (repository / "work_dirs/quickstart/checkpoint.pth").touch()
+    path = fake_python(repository / "bin", 0)
+    (path / "python3").write_text('#!/bin/sh\ncase "$*" in *detection*weights\\ random*) echo bad; exit 3 ;; esac\n')
+    result = call(repository, "dense_demo", path=path)
+    assert result.returncode == 3 and "segmentation/train" not in result.stdout and "dense_demo failed with code 3" in result.stderr
+    assert (repository / "work_dirs/dense_demo/det/random.txt").read_text() == "bad\n"
+
+
 def test_several_signals(repository):
     """Schedulers repeat themselves while the run saves."""
     process, calls, pid = start(repository, 1, "--overwrite", "true")
