@@ -38,6 +38,7 @@ HEIGHT, WIDTHS, SIDES = 48, (64, 97), (28, 43)  # pixels of scenes and of digits
 MOST, TRIES = 3, 40  # digits of a scene, and how often a free place for one is looked for
 NOISE, TINT, INK = 4, 0.15, 0.4  # deviation of the ground; most that a channel loses; where a digit's outline is
 STARTS = ("pretrained", "random")  # sub-folders of the runs
+SCORES = ("mIoU", "mAcc", "aAcc")
 SHOWN = 6
 
 
@@ -144,8 +145,10 @@ def report_detection(folder):
 
 
 def report_segmentation(folder):
-    """Print mIoU of the runs in FOLDER/seg, and write a picture of both beside the truth. Raises InputError."""
-    settings = print_results(folder / "seg", "UPerNet", ("mIoU", "mAcc", "aAcc"))
+    """Print mIoU of the runs in FOLDER/{seg_linear,seg}, and write a picture of UPerNet's two beside the truth. Raises
+    InputError."""
+    print_results(folder / "seg_linear", "a linear head on the frozen network", SCORES)
+    settings = print_results(folder / "seg", "\nUPerNet", SCORES)
     pairs = read_pairs(settings["data_path"], "validation")[:SHOWN]
     names = class_names(settings["data_path"], settings["num_classes"])
     networks = [load_segmenter(folder / "seg" / start / engine.CHECKPOINT)[:2] for start in STARTS]

@@ -538,7 +538,8 @@ def test_a_stopped_quickstart_says_how_to_go_on(repository):
 def test_dense_demo_trains_from_both_starts_alike(repository):
     digits, scenes, *trainings, report = commands(repository, "dense_demo", "--seed", 1)
     assert digits[1:3] == ["analysis/quickstart.py", "data"] and scenes[1:3] == ["analysis/dense_demo.py", "data"]
-    for first, second in (trainings[:2], trainings[2:]):
+    assert len(trainings) == 6
+    for first, second in zip(trainings[::2], trainings[1::2], strict=True):
         assert flag(first, "--pretrained_weights") == "work_dirs/quickstart/checkpoint.pth"
         assert flag(second, "--pretrained_weights") == "random" and first[-2:] == ["--seed", "1"]
         assert [a for a, b in zip(first, second, strict=True) if a != b] == [
