@@ -196,7 +196,9 @@ stopped() {
 
 pass_on() {
     signalled=$1 again=yes
-    [ -z "$child" ] || kill -s "$2" -- "${group-}$child" 2>/dev/null || true
+    local target=$child name=$2
+    [ -z "${group-}" ] || target=-$child name=TERM  # to all of its group; background commands of a shell ignore SIGINT
+    [ -z "$child" ] || kill -s "$name" -- "$target" 2>/dev/null || true
 }
 
 # Value of the flag $1 among the other arguments (the last one counts); empty when it is not there.
@@ -336,14 +338,14 @@ dense_demo() {
 # both_starts NAME SCRIPT [flags]: the training from the checkpoint `trained` and from random weights at once, on a core each,
 # into `output`/NAME; what the second prints goes into a file.
 both_starts() {
-    local group=- log=$output/$1/random.txt
+    local group=yes log=$output/$1/random.txt
     local first=("$python" "$2" --pretrained_weights "$trained" --output_dir "$output/$1/pretrained" "${@:3}")
     local second=("$python" "$2" --pretrained_weights random --output_dir "$output/$1/random" "${@:3}")
     quoted "${first[@]}"
     quoted "${second[@]}"
     [ "${DRY_RUN:-0}" = 0 ] || return 0
     mkdir -p "$output/$1"
-    supervised both || stopped "dense_demo" $? "the same command starts it over; see also $log"
+    supervised both || stopped "dense_demo" $? "the same command, which starts over; see also $log"
 }
 
 # Runs the commands in the arrays `first` and `second`; fails with the code of one that failed.

@@ -561,6 +561,26 @@ def test_dense_demo_ends_with_the_training_that_failed(repository):
     assert (repository / "work_dirs/dense_demo/det/random.txt").read_text() == "bad\n"
 
 
+def test_signals_reach_both_trainings_of_dense_demo(repository):
+    """Ctrl-C too: run.sh waits until both have saved."""
+    (repository / "work_dirs/quickstart").mkdir(parents=True)
+    (repository / "work_dirs/quickstart/checkpoint.pth").touch()
+    path = fake_python(repository / "bin", 0)
+    (path / "python3").write_text('#!/bin/bash\ncase "$*" in *detection/train*) trap "sleep 0.3; echo saved; exit 75" TERM\n'
+                                  'echo started; for i in {1..300}; do sleep 0.1; done ;; esac\n')
+    process = subprocess.Popen(["bash", "run.sh", "dense_demo"], cwd=repository, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(repository)})
+    assert "started\n" in process.stdout  # reads to that line
+    other = repository / "work_dirs/dense_demo/det/random.txt"
+    end = time.monotonic() + 30
+    while not (other.exists() and other.read_text()) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, message = process.communicate(timeout=60)
+    assert process.returncode == 75 and out.splitlines()[-1] == "saved" and other.read_text().splitlines()[-1] == "saved"
+    assert "dense_demo was stopped (code 75)" in message
+
+
 def test_several_signals(repository):
     """Schedulers repeat themselves while the run saves."""
     process, calls, pid = start(repository, 1, "--overwrite", "true")
