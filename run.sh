@@ -325,13 +325,13 @@ dense_demo() {
     both_starts det "${at}evaluation/object_detection/train.py" "${common[@]}" --data_path "$scenes/coco" \
         --grid 8 16 --short_sides 32 --long_side 64 --crop_sides 32 40 --crop_range 24 32 --test_side 32 --flip 0 \
         --channels 32 --hidden 64 --anchor_scale 4 --sampled 32 --train_proposals 200 --test_proposals 100 \
-        --lr 2e-3 --layer_decay 0.6 --epochs 12 --drops 10 --warmup_iters 20 --batch_size_per_gpu 4 --print_freq 25 "$@"
+        --lr 2e-3 --layer_decay 0.6 --epochs 18 --drops 15 --warmup_iters 20 --batch_size_per_gpu 4 --print_freq 25 "$@"
     common+=(--num_classes 6 --crop_size 32 --short_side 32 --long_side 96 --slide_stride 21 --batch_size_per_gpu 8
              --warmup_iterations 20 --print_freq 100)
     both_starts seg "${at}evaluation/semantic_segmentation/train.py" "${common[@]}" --data_path "$scenes/ade" \
         --width 32 --lr 3e-3 --layer_decay 0.4 --iterations 600 --epoch_iterations 300 "$@"
     both_starts seg_linear "${at}evaluation/semantic_segmentation/train.py" "${common[@]}" --data_path "$scenes/ade" \
-        --head linear --lr 1e-2 --iterations 400 --epoch_iterations 400 "$@"
+        --head linear --lr 3e-2 --iterations 400 --epoch_iterations 400 "$@"
     run "$python" "${at}analysis/dense_demo.py" report --output_dir "$output"
 }
 
