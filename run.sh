@@ -5,8 +5,8 @@ set -euo pipefail
 usage() {
     cat <<'EOF'
 usage: ./run.sh quickstart [flags]   pre-train a small ViT on handwritten digits (minutes on a CPU) and evaluate it
-       ./run.sh dense_demo [flags]   train detection and segmentation of drawn shapes from quickstart's network, or that of
-                                     PRETRAINED, and from random weights; the flags go to all four trainings
+       ./run.sh dense_demo [flags]   train detection and segmentation of digits in scenes from quickstart's network, or that
+                                     of PRETRAINED, and from random weights; the flags go to all the trainings
        ./run.sh plan [flags]         how long pre-training with these flags would take here, what limits it and what batch
                                      fits; ten updates are tried, nothing is written; --devices N: of so many GPUs
        ./run.sh test [flags]         run the tests; the flags go to pytest
@@ -158,7 +158,10 @@ quoted() {
 # it gets for SIGUSR1, `signalled` the last one that came.
 run() {
     quoted "$@"
-    [ "${DRY_RUN:-0}" = 0 ] || return 0
+    [ "${DRY_RUN:-0}" != 0 ] || supervised "$@"
+}
+
+supervised() {
     local code=127 status again child=""
     signalled=""
     trap 'pass_on HUP HUP' HUP
@@ -193,7 +196,9 @@ stopped() {
 
 pass_on() {
     signalled=$1 again=yes
-    [ -z "$child" ] || kill -s "$2" "$child" 2>/dev/null || true
+    local target=$child name=$2
+    [ -z "${group-}" ] || target=-$child name=TERM  # to all of its group; background commands of a shell ignore SIGINT
+    [ -z "$child" ] || kill -s "$name" -- "$target" 2>/dev/null || true
 }
 
 # Value of the flag $1 among the other arguments (the last one counts); empty when it is not there.
@@ -307,31 +312,59 @@ quickstart() {
     run "$python" "${at}analysis/quickstart.py" report --output_dir "$output"
 }
 
-# Drawn shapes, segmented from pre-trained and from random weights with the same budget.
+# Scenes of digits, detected and segmented from pre-trained and from random weights with the same flags and budget.
 dense_demo() {
-    local cores start output=${OUTPUT_DIR:-${at}work_dirs/dense_demo} scenes=${at}data/shapes
+    local output=${OUTPUT_DIR:-${at}work_dirs/dense_demo} scenes=${at}data/scenes digits=${at}data/digits
     local trained=${PRETRAINED:-${at}work_dirs/quickstart/checkpoint.pth}
     [ "${DRY_RUN:-0}" != 0 ] || [ -f "$trained" ] ||
         die "dense_demo: no checkpoint $trained; ./run.sh quickstart makes one, PRETRAINED names another"
-    cores=$("$python" -c 'import os; print(os.cpu_count())')
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores - 1 : 1))}
-    run "$python" "${at}analysis/dense_demo.py" data --output_dir "$scenes"
-    for start in pretrained random; do
-        local weights=random
-        [ $start = random ] || weights=$trained
-        run "$python" "${at}evaluation/object_detection/train.py" --pretrained_weights "$weights" \
-            --arch vit_nano --patch_size 4 --data_path "$scenes/coco" --output_dir "$output/det/$start" \
-            --grid 16 24 --short_sides 64 --long_side 96 --crop_sides 64 80 --crop_range 48 64 --test_side 64 \
-            --channels 32 --hidden 64 --anchor_scale 4 --sampled 32 --train_proposals 200 --test_proposals 100 \
-            --lr 2e-3 --layer_decay 1 --drop_path 0 --epochs 4 --drops 3 --warmup_iters 20 --batch_size_per_gpu 4 --num_workers 1 --print_freq 30 \
-            --use_fp16 false --overwrite true "$@"
-        run "$python" "${at}evaluation/semantic_segmentation/train.py" --pretrained_weights "$weights" \
-            --arch vit_nano --patch_size 4 --data_path "$scenes/ade" --num_classes 4 --output_dir "$output/seg/$start" \
-            --crop_size 64 --short_side 64 --long_side 256 --slide_stride 43 --width 32 --lr 5e-3 --layer_decay 1 \
-            --drop_path 0 --iterations 300 --epoch_iterations 150 --warmup_iterations 20 --batch_size_per_gpu 8 \
-            --num_workers 1 --print_freq 40 --use_fp16 false --overwrite true "$@"
-    done
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    [ -d "$digits/val" ] || run "$python" "${at}analysis/quickstart.py" data --output_dir "$digits"
+    run "$python" "${at}analysis/dense_demo.py" data --digits "$digits" --output_dir "$scenes"
+    local common=(--arch vit_nano --patch_size 4 --drop_path 0 --num_workers 0 --use_fp16 false --overwrite true)
+    both_starts det "${at}evaluation/object_detection/train.py" "${common[@]}" --data_path "$scenes/coco" \
+        --grid 8 16 --short_sides 32 --long_side 64 --crop_sides 32 40 --crop_range 24 32 --test_side 32 --flip 0 \
+        --channels 32 --hidden 64 --anchor_scale 4 --sampled 32 --train_proposals 200 --test_proposals 100 \
+        --lr 2e-3 --layer_decay 0.6 --epochs 18 --drops 15 --warmup_iters 20 --batch_size_per_gpu 4 --print_freq 25 "$@"
+    common+=(--num_classes 6 --crop_size 32 --short_side 32 --long_side 96 --slide_stride 21 --batch_size_per_gpu 8
+             --warmup_iterations 20 --print_freq 100)
+    both_starts seg "${at}evaluation/semantic_segmentation/train.py" "${common[@]}" --data_path "$scenes/ade" \
+        --width 32 --lr 3e-3 --layer_decay 0.4 --iterations 600 --epoch_iterations 300 "$@"
+    both_starts seg_linear "${at}evaluation/semantic_segmentation/train.py" "${common[@]}" --data_path "$scenes/ade" \
+        --head linear --lr 3e-2 --iterations 400 --epoch_iterations 400 "$@"
     run "$python" "${at}analysis/dense_demo.py" report --output_dir "$output"
+}
+
+# both_starts NAME SCRIPT [flags]: the training from the checkpoint `trained` and from random weights at once, on a core each,
+# into `output`/NAME; what the second prints goes into a file.
+both_starts() {
+    local group=yes log=$output/$1/random.txt
+    local first=("$python" "$2" --pretrained_weights "$trained" --output_dir "$output/$1/pretrained" "${@:3}")
+    local second=("$python" "$2" --pretrained_weights random --output_dir "$output/$1/random" "${@:3}")
+    quoted "${first[@]}"
+    quoted "${second[@]}"
+    [ "${DRY_RUN:-0}" = 0 ] || return 0
+    mkdir -p "$output/$1"
+    supervised both || stopped "dense_demo" $? "the same command, which starts over; see also $log"
+}
+
+# Runs the commands in the arrays `first` and `second`; fails with the code of one that failed.
+both() {
+    local child status code=0 children=()
+    trap : HUP INT TERM USR1  # the commands get them too, and are waited for
+    "${first[@]}" &
+    children+=($!)
+    "${second[@]}" >"$log" 2>&1 &
+    children+=($!)
+    for child in "${children[@]}"; do
+        while :; do
+            status=0
+            wait "$child" || status=$?
+            kill -0 "$child" 2>/dev/null || break  # else a signal ended the waiting
+        done
+        [ "$status" = 0 ] || code=$status
+    done
+    return "$code"
 }
 
 # ---------------------------------------------------------------- tasks

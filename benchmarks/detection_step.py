@@ -17,8 +17,9 @@ import torch
 from common import step_parser
 
 import engine
+from evaluation.common.data import fitted
 from evaluation.common.shapes import as_annotations, draw_scene
-from evaluation.object_detection.coco import Augment, Categories, as_results, collate, resize, scaled_size, truth_of
+from evaluation.object_detection.coco import Augment, Categories, as_results, collate, truth_of
 from evaluation.object_detection.detection import detect, masks_of, new_detector, to_device, training_parser
 from images import normalize
 
@@ -120,7 +121,7 @@ def main():
     image, _ = sample(0)
     for step in range(args.steps + 1):
         clock.mark("between")
-        images, sizes, _ = collate([(normalize(resize(image, scaled_size(*SIZE, flags.test_side, flags.long_side))), None)])
+        images, sizes, _ = collate([(normalize(fitted(image, flags.test_side, flags.long_side)), None)])
         clock.mark("data")
         [found] = detect(detector, images, sizes, [SIZE], amp_dtype)
         clock.mark("forward")

@@ -9,6 +9,7 @@ from PIL import Image
 
 import engine
 from engine import Process
+from evaluation.common.data import fitted_size
 from evaluation.object_detection import coco
 from evaluation.object_detection.coco import (
     Augment,
@@ -20,7 +21,6 @@ from evaluation.object_detection.coco import (
     average_precision,
     collate,
     decode_masks,
-    scaled_size,
 )
 
 pytest.importorskip("pycocotools")
@@ -101,7 +101,7 @@ def test_an_image_of_another_size_is_a_bad_one(folder, tmp_path):
     ((480, 640), 800, (800, 1067)), ((427, 640), 800, (800, 1199)), ((640, 427), 480, (719, 480)),
     ((333, 1000), 800, (444, 1333))])
 def test_sizes(size, short, expected):
-    assert scaled_size(*size, short, 1333) == expected
+    assert fitted_size(*size, short, 1333) == expected
 
 
 def drawn(height=427, width=640, count=300, **options):

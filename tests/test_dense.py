@@ -227,6 +227,13 @@ def test_batch_note():
 
 # ---------------------------------------------------------------- elsewhere
 
+def test_no_picture_replaces_another():
+    files = ["a/x.jpg", "b/x.png", "x_2.jpg", "c/x.jpg", "a/x.jpg"]
+    paths = dense.picture_paths(files, "out", "detections")
+    assert [str(file) for file, _ in paths] == files[:4]
+    assert [path.as_posix() for _, path in paths] == [f"out/{name}_detections.png" for name in ("x", "x_2", "x_2_2", "x_3")]
+
+
 def test_a_detector_of_torchvision(checkpoint):
     """The example of the documentation."""
     page = (Path(__file__).parent.parent / "docs" / "dense.md").read_text()

@@ -1,12 +1,16 @@
 """Training and evaluation of a detector: it learns, resumes bit for bit, and tells the same over processes."""
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from dense_data import make_coco
 from PIL import Image
 
@@ -19,6 +23,7 @@ from evaluation.object_detection import test as test_script
 from evaluation.object_detection import train as train_script
 from evaluation.object_detection.coco import ValidationImages, truth_of
 from evaluation.object_detection.detection import OVERRIDES, drawn_truth, load_detector, recipe_of, training_parser
+from evaluation.semantic_segmentation.ade20k import load_pair, read_pairs
 
 pytest.importorskip("pycocotools")
 SMALL = ["--arch", "vit_nano", "--pretrained_weights", "random", "--device", "cpu", "--num_workers", "0", "--channels", "32",
@@ -82,7 +87,7 @@ def test_two_images_are_learnt_by_heart(pair, tmp_path, capsys):
     with Image.open(image) as before, Image.open(tmp_path / "p" / "000000_detections.png") as after:
         before = before.resize(after.size, Image.Resampling.NEAREST)  # small images are enlarged
         assert (np.array(before) != np.array(after)).any(axis=2).mean() > 0.02
-    assert (tmp_path / "o" / "detections.png").exists() and "000000_detections.png: " in capsys.readouterr().out
+    assert (tmp_path / "o" / "detections.png").exists() and "000000_detections.png of " in capsys.readouterr().out
 
     # Once more: nothing to do, and nothing is recorded twice.
     train(pair, tmp_path / "o", *words, "--load_from", "auto")
@@ -105,16 +110,31 @@ class Signal:
         monkeypatch.setattr(engine.Run, "fetch", stopped)
 
 
-@pytest.mark.parametrize("at", [3, 9])  # amid the first epoch's second update of two batches; in the evaluation
+def terminate_at_first_update(folder, output, *words):
+    """Train in a process of its own, which gets SIGTERM when it has printed an update."""
+    words = [*SMALL, "--data_path", folder, "--output_dir", output, *words, "--print_freq", 1]
+    process = subprocess.Popen([sys.executable, "evaluation/object_detection/train.py", *map(str, words)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert any(line.startswith("epoch 0/2 [1/2]") for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "and saved: the same command" in text, text
+
+
+# Amid the first epoch's second update of two batches; in the evaluation; by a real signal.
+@pytest.mark.parametrize("at", [3, 9, "SIGTERM"])
 def test_a_stopped_run_goes_on_bit_for_bit(coco, tmp_path, monkeypatch, at):
     words = ("--epochs", 2, "--batch_size_per_gpu", 1, "--accum_iter", 2, "--warmup_iters", 2, "--lr", 1e-3)
     whole = tmp_path.parent / "whole"
     if not whole.exists():
         train(coco, whole, *words)
-    with monkeypatch.context() as patch:
-        Signal(patch, at)
-        with pytest.raises(engine.Preempted, match="and saved: the same command"):
-            train(coco, tmp_path / "o", *words)
+    if at == "SIGTERM":
+        terminate_at_first_update(coco, tmp_path / "o", *words)
+    else:
+        with monkeypatch.context() as patch:
+            Signal(patch, at)
+            with pytest.raises(engine.Preempted, match="and saved: the same command"):
+                train(coco, tmp_path / "o", *words)
     [record] = train(coco, tmp_path / "o", *words, "--load_from", "auto")
     assert record["metrics"] == results(whole)[0]["metrics"]
     one, other = load(whole / "checkpoint.pth"), load(tmp_path / "o" / "checkpoint.pth")
@@ -151,9 +171,14 @@ def test_bad_images_are_counted_and_named(coco, tmp_path):
         train(root, tmp_path / "p", *words, "--max_bad_images", 0)
 
 
-def test_bfloat16(coco, tmp_path):
-    [record] = train(coco, tmp_path / "o", "--epochs", 1, "--batch_size_per_gpu", 2, "--use_fp16", "true", "--amp_dtype", "bfloat16")
-    assert record["settings"]["precision"] == "bfloat16"
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision(coco, tmp_path, dtype):
+    """Float16's losses are scaled for their gradients; what is skipped for it is no number that ends the run."""
+    [record] = train(coco, tmp_path / "o", "--epochs", 1, "--batch_size_per_gpu", 2, "--use_fp16", "true", "--amp_dtype", dtype)
+    assert record["settings"]["precision"] == dtype
+    content = load(tmp_path / "o" / "checkpoint.pth")
+    assert (content.get("fp16_scaler") is not None) == (dtype == "float16")
+    assert all(value.isfinite().all() for value in content["model"].values())
 
 
 def test_a_swin(coco, tmp_path):
@@ -232,21 +257,25 @@ def test_run_sh_has_a_row():
         assert part in line
 
 
-def test_the_demonstrations_scenes_are_found_in_coco(tmp_path, monkeypatch):
-    """The polygons that are written give the masks that were drawn, and boxes around them."""
+def test_the_demonstrations_scenes_are_found_in_coco(tmp_path, digits, monkeypatch):
+    """The polygons that are written give the masks that were drawn, and boxes around them; ADE20K's maps show the same."""
     monkeypatch.setattr(dense_demo, "SCENES", {"training": 2, "validation": 3})
-    dense_demo.write_coco(tmp_path)
-    images = ValidationImages(tmp_path)
-    assert len(images) == 3 and images.categories.names == list(dense_demo.NAMES)
+    dense_demo.write_data(digits, tmp_path)
+    images = ValidationImages(tmp_path / "coco")
+    assert len(images) == 3 and images.categories.names == list(dense_demo.CLASSES)
+    drawn, pairs = dense_demo.read_digits(digits, "validation"), read_pairs(tmp_path / "ade", "validation")
     for index in range(3):
-        rng = np.random.default_rng((1, index))
-        width, height = (int(side) for side in rng.integers(*dense_demo.SIDES, 2))
-        *_, labels, boxes, masks, _ = dense_demo.draw_scene(rng, width, height)
+        *_, labels, boxes, masks, classes = dense_demo.draw_scene(np.random.default_rng((1, index)), drawn)
         truth = truth_of(images.record(index))
         assert truth["labels"].tolist() == labels.tolist() and truth["boxes"].tolist() == boxes.tolist()
         found = truth["masks"].bool().numpy()
         assert ((found & masks).sum(axis=(1, 2)) / (found | masks).sum(axis=(1, 2)) > 0.8).all()
+        assert not (masks.sum(axis=0) > 1).any()  # objects do not touch
+        image, shown = load_pair(pairs[index], 1 + len(dense_demo.CLASSES))
+        assert (shown.numpy() == classes).all() and image.shape[1:] == classes.shape
     assert len(drawn_truth(images, 2)) == 2
+    with pytest.raises(engine.InputError, match="no folder .*; ./run.sh quickstart makes it"):
+        dense_demo.write_data(tmp_path, tmp_path)
 
 
 def test_numbers_beside_the_papers(tmp_path):

@@ -535,6 +535,52 @@ def test_a_stopped_quickstart_says_how_to_go_on(repository):
     assert result.stderr.endswith("run.sh quickstart --seed 1, with --load_from auto\n"), result.stderr
 
 
+def test_dense_demo_trains_from_both_starts_alike(repository):
+    digits, scenes, *trainings, report = commands(repository, "dense_demo", "--seed", 1)
+    assert digits[1:3] == ["analysis/quickstart.py", "data"] and scenes[1:3] == ["analysis/dense_demo.py", "data"]
+    assert len(trainings) == 6
+    for first, second in zip(trainings[::2], trainings[1::2], strict=True):
+        assert flag(first, "--pretrained_weights") == "work_dirs/quickstart/checkpoint.pth"
+        assert flag(second, "--pretrained_weights") == "random" and first[-2:] == ["--seed", "1"]
+        assert [a for a, b in zip(first, second, strict=True) if a != b] == [
+            flag(first, "--pretrained_weights"), flag(first, "--output_dir")]
+    assert flag(report, "--output_dir") == "work_dirs/dense_demo"
+    path = fake_python(repository / "bin", 0)
+    assert "no checkpoint work_dirs/quickstart/checkpoint.pth; ./run.sh quickstart makes one" in error(
+        call(repository, "dense_demo", path=path))
+
+
+def test_dense_demo_ends_with_the_training_that_failed(repository):
+    """It is the second, beside the first; what it printed is in a file."""
+    (repository / "work_dirs/quickstart").mkdir(parents=True)
+    (repository / "work_dirs/quickstart/checkpoint.pth").touch()
+    path = fake_python(repository / "bin", 0)
+    (path / "python3").write_text('#!/bin/sh\ncase "$*" in *detection*weights\\ random*) echo bad; exit 3 ;; esac\n')
+    result = call(repository, "dense_demo", path=path)
+    assert result.returncode == 3 and "segmentation/train" not in result.stdout and "dense_demo failed with code 3" in result.stderr
+    assert (repository / "work_dirs/dense_demo/det/random.txt").read_text() == "bad\n"
+
+
+def test_signals_reach_both_trainings_of_dense_demo(repository):
+    """Ctrl-C too: run.sh waits until both have saved."""
+    (repository / "work_dirs/quickstart").mkdir(parents=True)
+    (repository / "work_dirs/quickstart/checkpoint.pth").touch()
+    path = fake_python(repository / "bin", 0)
+    (path / "python3").write_text('#!/bin/bash\ncase "$*" in *detection/train*) trap "sleep 0.3; echo saved; exit 75" TERM\n'
+                                  'echo started; for i in {1..300}; do sleep 0.1; done ;; esac\n')
+    process = subprocess.Popen(["bash", "run.sh", "dense_demo"], cwd=repository, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(repository)})
+    assert "started\n" in process.stdout  # reads to that line
+    other = repository / "work_dirs/dense_demo/det/random.txt"
+    end = time.monotonic() + 30
+    while not (other.exists() and other.read_text()) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, message = process.communicate(timeout=60)
+    assert process.returncode == 75 and out.splitlines()[-1] == "saved" and other.read_text().splitlines()[-1] == "saved"
+    assert "dense_demo was stopped (code 75)" in message
+
+
 def test_several_signals(repository):
     """Schedulers repeat themselves while the run saves."""
     process, calls, pid = start(repository, 1, "--overwrite", "true")

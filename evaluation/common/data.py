@@ -35,6 +35,22 @@ DATASETS = {
 DOWNLOADABLE = ("cifar10", "cifar100", "flowers", "inat2021", "inat2021_mini")
 
 
+def fitted_size(height, width, short, long):
+    """Height and width of an image whose shorter side becomes `short`, or less so that the longer is at most `long`."""
+    scale = min(long / max(height, width), short / min(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def resize_pixels(image, size):
+    """uint8 [3, h, w] to the `size` (height, width), bilinear without antialiasing, as OpenCV does."""
+    return v2.functional.resize(image, list(size), antialias=False)
+
+
+def fitted(image, short, long):
+    """uint8 [3, h, w] at its `fitted_size`."""
+    return resize_pixels(image, fitted_size(*image.shape[1:], short, long))
+
+
 def eval_transform(size, normalize=normalize):
     """PIL image -> normalised float32 [3, size, size]: shorter side to 256/224 of `size` (bicubic), centre crop."""
     return v2.Compose([v2.Resize(round(size * 256 / 224), interpolation=v2.InterpolationMode.BICUBIC),

@@ -3,6 +3,7 @@
 Letters: B images, P side of a patch in pixels, L blocks, D width of a ViT, h x w cells of a map, C its channels.
 """
 import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -278,6 +279,21 @@ def dense_test_parser(description, data):
     engine.add_precision_flags(parser)
     engine.add_device_flags(parser)
     return parser
+
+
+def picture_paths(images, folder, ending):
+    """A file in `folder` for the picture of each of the image files, NAME_ENDING.png; where several have one name, it is
+    counted on from the second: NAME_2_ENDING.png. The same file given twice has one picture."""
+    files = list(dict.fromkeys(Path(image) for image in images))
+    taken, paths = set(), []
+    for file in files:
+        name, count = file.stem, 1
+        while name in taken:
+            count += 1
+            name = f"{file.stem}_{count}"
+        taken.add(name)
+        paths.append((file, Path(folder) / f"{name}_{ending}.png"))
+    return paths
 
 
 def filled(values, recipe):

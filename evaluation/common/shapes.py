@@ -1,4 +1,4 @@
-"""Drawn scenes of shapes with their boxes, masks and class maps: for the demonstration of dense tasks, and for tests."""
+"""Drawn scenes of shapes with their boxes, masks and class maps: for tests and benchmarks of dense tasks."""
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -14,6 +14,12 @@ def _outline(kind, x, y, radius):
     start = {"disc": 0.0, "triangle": -np.pi / 2, "square": np.pi / 4}[kind]
     angles = start + 2 * np.pi * np.arange(corners) / corners
     return [(float(x + radius * np.cos(a)), float(y + radius * np.sin(a))) for a in angles]
+
+
+def extent(mask):
+    """Box (x1, y1, x2, y2) about a mask, bool [h, w], in pixels."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def draw_scene(rng, width, height, most=3):
@@ -43,15 +49,10 @@ def draw_scene(rng, width, height, most=3):
         labels.append(label)
         masks.append(np.array(mask, dtype=bool))
         centres.append((x, y, radius))
-    masks = np.stack(masks)
-    boxes = []
-    for mask in masks:
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
     classes = np.zeros((height, width), dtype=np.uint8)
     for label, mask in zip(labels, masks, strict=True):
         classes[mask] = label + 1
-    return image, polygons, np.array(labels), np.array(boxes, dtype=float), masks, classes
+    return image, polygons, np.array(labels), np.array([extent(mask) for mask in masks]), np.stack(masks), classes
 
 
 def as_annotations(image_id, first_id, polygons, labels, boxes, masks):

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as v2
 
 import engine
+from evaluation.common.data import fitted, fitted_size, resize_pixels
 from images import BadImage, load_or_replace, load_rgb, normalize
 
 MULTIPLE = 32  # of which the sides of batches are
@@ -197,21 +198,10 @@ class ValidationImages(CocoImages):
 
     def __getitem__(self, index):
         image, record = self.load(index)
-        return self.normalize(resize(image, scaled_size(*image.shape[1:], self.short, self.long))), record
+        return self.normalize(fitted(image, self.short, self.long)), record
 
 
 # ---------------------------------------------------------------- augmentation
-
-def scaled_size(height, width, short, long):
-    """Height and width of an image whose shorter side becomes `short`, or less so that the longer is at most `long`."""
-    scale = min(long / max(height, width), short / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
-def resize(image, size):
-    """uint8 [3, h, w] to the `size` (height, width), bilinear without antialiasing, as OpenCV does."""
-    return v2.resize_image(image, list(size), antialias=False)
-
 
 class Augment:
     """A flip, and either another size, or another size, a crop and again another size (Appendix C).
@@ -242,10 +232,10 @@ class Augment:
 
     def scale(self, image, boxes, masks, sides, rng):
         height, width = image.shape[1:]
-        size = scaled_size(height, width, int(rng.choice(sides)), self.long)
+        size = fitted_size(height, width, int(rng.choice(sides)), self.long)
         ratio = boxes.new_tensor((size[1] / width, size[0] / height)).repeat(2)
         masks = F.interpolate(masks[None], size)[0] if len(masks) else masks.new_zeros(0, *size)  # nearest
-        return resize(image, size), clip(boxes * ratio, *size), masks
+        return resize_pixels(image, size), clip(boxes * ratio, *size), masks
 
     def crop(self, image, boxes, labels, masks, rng):
         (low, high), sides = self.crop_range, image.shape[1:]

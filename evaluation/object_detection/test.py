@@ -5,7 +5,7 @@
     python evaluation/object_detection/test.py --checkpoint ... --visualize photo.jpg more/*.jpg --output_dir pictures
 
 The first two print AP of boxes and masks, and record it in OUTPUT_DIR/results.json with the settings of the training. The
-third writes OUTPUT_DIR/NAME_detections.png of each image, with boxes, masks, names and scores.
+third writes OUTPUT_DIR/NAME_detections.png of each image, with boxes, masks, names and scores; NAME_2 for a second NAME.
 """
 import sys
 from functools import partial
@@ -18,10 +18,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import engine
 from evaluation.common.arguments import probability
-from evaluation.common.dense import dense_test_parser
+from evaluation.common.data import fitted
+from evaluation.common.dense import dense_test_parser, picture_paths
 from evaluation.common.protocol import start_process
 from evaluation.common.results import append_result, read_results
-from evaluation.object_detection.coco import ValidationImages, collate, resize, scaled_size
+from evaluation.object_detection.coco import ValidationImages, collate
 from evaluation.object_detection.detection import described, detect, evaluate, load_detector, masks_of
 from evaluation.object_detection.draw import draw_detections
 from images import PixelStats, load_rgb, normalize
@@ -35,19 +36,18 @@ def get_args_parser():
 
 def visualize(paths, folder, detector, categories, prepare, amp_dtype, threshold):
     """Write a picture of what is found in each image; prepare: from uint8 [3, h, w] to what the detector sees."""
-    for path in paths:
+    for path, target in picture_paths(paths, folder, "detections"):
         image = load_rgb(path)
         images, sizes, _ = collate([(prepare(pil_to_tensor(image)), None)])
         original = image.height, image.width
         [found] = detect(detector, images, sizes, [original], amp_dtype)
         picture = draw_detections(image, found, masks_of(found, *original), categories.names, threshold)
-        target = Path(folder) / f"{Path(path).stem}_detections.png"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
         except OSError as error:
             raise engine.InputError(f"{target}: cannot be written ({error.strerror})") from error
-        print(f"{target}: {int((found['scores'] >= threshold).sum())} detections", flush=True)
+        print(f"{target} of {path}: {int((found['scores'] >= threshold).sum())} detections", flush=True)
 
 
 def test(args):
@@ -62,7 +62,7 @@ def test(args):
     if args.visualize:
         if process.rank == 0:
             visualize(args.visualize, args.output_dir or ".", detector, categories,
-                      lambda image: normalize(resize(image, scaled_size(*image.shape[1:], *sides)), stats), amp_dtype,
+                      lambda image: normalize(fitted(image, *sides), stats), amp_dtype,
                       args.threshold)
         return
     if args.output_dir:

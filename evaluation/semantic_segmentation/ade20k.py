@@ -13,13 +13,13 @@ from torchvision.transforms.v2 import functional as vision
 
 import engine
 from evaluation.common import davis
-from evaluation.common.data import epoch_order
+from evaluation.common.data import epoch_order, fitted, fitted_size, resize_pixels
 from images import IMAGENET, BadImage, load_or_replace, load_rgb, normalize
 
 IGNORED = 255  # label of pixels that do not count
 RATIOS = (0.5, 2.0)  # of training images to those of tests
 CROPS, MOST_OF_A_CLASS = 10, 0.75  # crops that are drawn again while one class has more of the pixels
-LINEAR, FLOOR = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST
+FLOOR = v2.InterpolationMode.NEAREST
 
 
 # ---------------------------------------------------------------- files
@@ -63,18 +63,7 @@ def class_names(root, classes):
     return [engine.printable(names.get(number, f"class {number}"), 30) for number in range(1, classes + 1)]
 
 
-# ---------------------------------------------------------------- sizes and colours
-
-def fitted_size(height, width, longest, shortest):
-    """(H, W) of an image, aspect kept, with its sides at most at these bounds, one of them at its own."""
-    scale = min(longest / max(height, width), shortest / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
-def resize(image, size):
-    """uint8 [3, H, W] at another size, bilinear without antialiasing (as OpenCV's)."""
-    return vision.resize(image, size, LINEAR, antialias=False)
-
+# ---------------------------------------------------------------- colours
 
 def change_saturation(image, factor):
     """uint8 [3, H, W] with HSV's saturation times `factor`, at most 1; hue and value stay."""
@@ -121,11 +110,11 @@ def train_sample(image, labels, rng, side, bounds, stats=IMAGENET):
     """uint8 [3, H, W] and labels uint8 [H, W] -> normalised float32 [3, side, side], int64 [side, side].
 
     Another size, a crop, a flip, other colours; padded at the right and at the bottom, with 0 after normalisation and with
-    IGNORED. All is drawn by the numpy generator `rng`. bounds: longest and shortest side in tests.
+    IGNORED. All is drawn by the numpy generator `rng`. bounds: most of the shorter and of the longer side in tests.
     """
     ratio = rng.uniform(*RATIOS)
     size = fitted_size(*labels.shape, *(int(bound * ratio) for bound in bounds))
-    image, labels = resize(image, size), vision.resize(labels[None], size, FLOOR)[0]
+    image, labels = resize_pixels(image, size), vision.resize(labels[None], size, FLOOR)[0]
     top, left = crop_place(labels, side, rng)
     image, labels = image[:, top:top + side, left:left + side], labels[top:top + side, left:left + side]
     if rng.random() < 0.5:
@@ -205,7 +194,7 @@ class TestImages(Dataset):
 
     def __getitem__(self, index):
         image, labels = load_pair(self.pairs[index], self.classes)
-        return normalize(resize(image, fitted_size(*labels.shape, *self.bounds)), self.stats), labels, index
+        return normalize(fitted(image, *self.bounds), self.stats), labels, index
 
 
 def confusion(labels, predicted, classes):

@@ -13,14 +13,13 @@ import models
 from evaluation.common import davis
 from evaluation.common.arguments import int_from
 from evaluation.common.backbone import registers_of
+from evaluation.common.data import fitted
 from evaluation.common.dense import DenseBackbone, dense_parser, filled, load_dense_backbone
 from evaluation.semantic_segmentation.ade20k import (
     IGNORED,
     TestImages,
     confusion,
-    fitted_size,
     load_pair,
-    resize,
     scores,
 )
 from evaluation.semantic_segmentation.heads import Segmenter, predict
@@ -177,7 +176,7 @@ def label_map(segmenter, image, size, network, amp_dtype):
 
 def test_images(pairs, network):
     stats = PixelStats(tuple(network["mean"]), tuple(network["std"]))
-    return TestImages(pairs, network["num_classes"], (network["long_side"], network["short_side"]), stats)
+    return TestImages(pairs, network["num_classes"], (network["short_side"], network["long_side"]), stats)
 
 
 def evaluate(segmenter, dataset, network, process, amp_dtype, num_workers, fetch):
@@ -279,8 +278,7 @@ def write_pictures(networks, pairs, names, device, amp_dtype, path):
             if pair[1] is not None and not maps:
                 maps.append(load_pair(pair, network["num_classes"])[1].numpy())
             stats = PixelStats(tuple(network["mean"]), tuple(network["std"]))
-            x = resize(pil_to_tensor(image), fitted_size(*size, network["long_side"], network["short_side"]))
-            x = normalize(x, stats).to(device)
+            x = normalize(fitted(pil_to_tensor(image), network["short_side"], network["long_side"]), stats).to(device)
             maps.append(label_map(segmenter.eval(), x, size, network, amp_dtype).cpu().numpy())
         rows.append((image, maps))
     try:

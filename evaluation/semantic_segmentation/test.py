@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import engine
-from evaluation.common.dense import dense_test_parser
+from evaluation.common.dense import dense_test_parser, picture_paths
 from evaluation.common.protocol import start_process
 from evaluation.common.results import append_result, read_results
 from evaluation.semantic_segmentation.ade20k import class_names, read_pairs, scores
@@ -46,10 +46,9 @@ def test(args):
     names = class_names(root, network["num_classes"])
     folder = Path(args.output_dir or ".")
     if args.visualize:
-        for path in args.visualize if process.rank == 0 else ():
-            target = folder / f"{Path(path).stem}_segmentation.png"
+        for path, target in picture_paths(args.visualize if process.rank == 0 else (), folder, "segmentation"):
             write_pictures([(model, network)], [(path, None)], names, process.device, amp_dtype, target)
-            print(target, flush=True)
+            print(f"{target} of {path}", flush=True)
         return
     if args.output_dir:
         read_results(args.output_dir)

@@ -110,7 +110,7 @@ def train(args):
 def build_loader(args, pairs, source, process):
     """The DataLoader of this process's batches, one after another to the end of the training."""
     dataset = TrainingImages(pairs, args.num_classes, args.seed, args.on_bad_image, side=args.crop_size,
-                             bounds=(args.long_side, args.short_side), stats=source.pixel_stats)
+                             bounds=(args.short_side, args.long_side), stats=source.pixel_stats)
     batches = RandomBatches(len(pairs), args.batch_size_per_gpu, process, args.seed, args.iterations * args.accum_iter)
     engine.need(batches.in_pass, f"--data_path {args.data_path}: {len(pairs)} training images are fewer than one batch of "
                                  f"{args.batch_size_per_gpu * process.world_size}; lower --batch_size_per_gpu")
