@@ -114,7 +114,7 @@ def start(args, student, teacher, pixel_stats):
     own = {name: value for name, value in student.backbone.state_dict().items() if name in state or name not in MAY_BE_NEW}
     holds, wanted = describe(state), describe(own)
     engine.need(holds == wanted, f"--init_from {path}: it holds {holds}; the network is {wanted}: see --arch, "
-                                 f"{'--window_size' if args.arch.startswith('swin') else '--patch_size'}")
+                                 f"{'--window_size' if args.arch.startswith('swin') else '--patch_size, --registers'}")
     lines = [f"started from {path}" + f", its {key}" * (key in checkpoint) + f": {holds}",
              f"  backbone: {len(own)} tensors taken"]
 
@@ -144,15 +144,16 @@ def start_head(head, state, path):
     Last layers are taken only with the MLP below them. Returns {part: what became of it}.
     """
     found = {}
-    for name, part in head.named_children():
+    for name, part in sorted(head.named_children(), key=lambda part: part[0].startswith("last_layer")):
         prefix, own = f"head.{name}.", part.state_dict()
         stored = {word.removeprefix(prefix): value for word, value in state.items() if word.startswith(prefix)}
         other = [word for word in own if word in stored and stored[word].shape != own[word].shape]
         last = name.startswith("last_layer")
+        below = [found.get(part) for part in ("mlp", "mlp_patch")[:2 if name == "last_layer2" else 1]]
         if not stored:
             found[name] = "new, the file has none"
-        elif last and found["mlp"] != "taken":
-            found[name] = "new, as the MLP is"
+        elif last and not set(below) <= {"taken", None}:
+            found[name] = "new, as the MLP below it is"
         elif other:
             sizes = [len(shapes[other[0]]) if last else tuple(shapes[other[0]].shape) for shapes in (stored, own)]
             found[name] = f"new, because {'K' if last else other[0]} {sizes[0]} is not {sizes[1]}"

@@ -134,14 +134,32 @@ def test_positions_of_another_grid_are_resampled(tmp_path, grid):
         assert torch.equal(teacher.backbone(x, return_all_tokens=True), plain(x, return_all_tokens=True))
 
 
+def test_registers(source, tmp_path):
+    """They may be new; those of timm come with a position for the class token."""
+    student, _, lines = start(write("extracted", tmp_path, *source), "--registers", 2)
+    assert "reg_token is new" in lines[1] and student.backbone.reg_token.any()
+    model = shaken(timm_vit(reg_tokens=2, no_embed_class=True))
+    torch.save(model.state_dict(), tmp_path / "timm.pth")
+    _, teacher, lines = start(tmp_path / "timm.pth", "--registers", 2)
+    assert ", 2 registers" in lines[0] and "reg_token" not in lines[1]
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        difference = teacher.backbone(x, return_all_tokens=True)[:, 1:] - model.forward_features(x)[:, 3:]
+    assert difference.abs().max() < 1e-4
+    with pytest.raises(engine.InputError, match="2 registers; the network is .* of 16 pixels: see .*--registers"):
+        start(tmp_path / "timm.pth")
+
+
 @pytest.mark.parametrize("words, expected", [
     ([], {"mlp": "taken", "last_layer": "taken", "last_layer2": "taken"}),
     (["--shared_head", "true"], {"mlp": "taken", "last_layer": "taken"}),
     (["--out_dim", 32, "--shared_head", "true"], {"mlp": "taken", "last_layer": "new, because K 64 is not 32"}),
     (["--head_hidden_dim", 32, "--shared_head", "true"],
-     {"mlp": "new, because 0.weight (48, 96) is not (32, 96)", "last_layer": "new, as the MLP is"}),
+     {"mlp": "new, because 0.weight (48, 96) is not (32, 96)", "last_layer": "new, as the MLP below it is"}),
+    (["--head_sharing", "mlp2"],
+     {"mlp": "taken", "mlp_patch": "new, the file has none", "last_layer": "taken", "last_layer2": "new, as the MLP below it is"}),
     (["--norm_in_head", "bn", "--shared_head", "true"],
-     {"mlp": "new, because 4.weight (256, 48) is not (48,)", "last_layer": "new, as the MLP is"}),
+     {"mlp": "new, because 4.weight (256, 48) is not (48,)", "last_layer": "new, as the MLP below it is"}),
 ])
 def test_heads_are_taken_where_they_fit(source, tmp_path, words, expected):
     student, teacher, lines = start(write("ours", tmp_path, *source), *words)
