@@ -99,7 +99,7 @@ def describe(state):
 def start(args, student, teacher, pixel_stats):
     """Load what fits of the file `args.init_from` into both networks, in place.
 
-    All of the backbone must be there, but for MAY_BE_NEW. A ViT's positions are resampled to the network's grid, that of
+    All parameters of the backbone must be there, but for MAY_BE_NEW. A ViT's positions are resampled to the network's grid, that of
     224 pixels. Parts of the head are taken where all names and shapes are the same.
 
     Returns:
@@ -116,7 +116,7 @@ def start(args, student, teacher, pixel_stats):
     engine.need(holds == wanted, f"--init_from {path}: it holds {holds}; the network is {wanted}: see --arch, "
                                  f"{'--window_size' if args.arch.startswith('swin') else '--patch_size, --registers'}")
     lines = [f"started from {path}" + f", its {key}" * (key in checkpoint) + f": {holds}",
-             f"  backbone: {len(own)} tensors taken"]
+             f"  backbone: {len(own.keys() & state.keys())} tensors taken"]
 
     grid = None if args.arch.startswith("swin") else trained_grid(state, args.patch_size, path, args.init_grid)
     if grid:
