@@ -33,6 +33,7 @@ import pictures
 import recipes
 import utils
 import variants
+from models import pretrained
 
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
 FILES = engine.Files(others=(pictures.CROPS,))
@@ -65,6 +66,7 @@ def get_args_parser():
     network.add_argument("--act_in_head", default="gelu", choices=tuple(models.ACTIVATIONS))
     network.add_argument("--head_hidden_dim", default=2048, type=int, help="width of its hidden layers; less for tiny ViTs")
 
+    pretrained.add_flags(parser.add_argument_group("start from weights (docs/your_images.md)"))
     masks = parser.add_argument_group("masks (Section 3.1)")
     masks.add_argument("--use_masked_im_modeling", default=True, type=flag, help="mask the student's global crops")
     masks.add_argument("--pred_ratio", default=[0.3], type=float, nargs="+", help="share to mask; of several one is drawn")
@@ -142,8 +144,8 @@ def check_args(args):
         args, count="epochs batch_size_per_gpu out_dim patch_out_dim head_hidden_dim patch_size window_size print_freq "
                     "accum_iter global_crops_number global_crops_size local_crops_size",
         not_negative="local_crops_number warmup_epochs warmup_teacher_temp_epochs pred_start_epoch freeze_last_layer "
-                     "saveckp_freq save_every_steps save_every_minutes max_bad_images clip_grad koleo lambda1 lambda2 lr "
-                     "min_lr patch_embed_lr registers seed num_workers",
+                     "freeze_backbone_epochs saveckp_freq save_every_steps save_every_minutes max_bad_images clip_grad "
+                     "koleo lambda1 lambda2 lr min_lr patch_embed_lr registers seed num_workers",
         positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp layer_decay",
         share="layer_decay momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
     augmentation.check_augment_flags(args)
@@ -358,6 +360,7 @@ class Training(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
     amp_dtype: torch.dtype | None = None
+    freeze_backbone_epochs: int = 0
 
 
 def build_data(args, process, photometry, pad_masks, tokenizer=None):
@@ -432,9 +435,12 @@ def pretrain(args, run):
     groups = utils.get_params_groups(student, args.layer_decay, args.patch_embed_lr)
     optimizer = utils.build_optimizer(args.optimizer, groups, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    training = Training(ddp_student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, scaler, amp_dtype)
+    training = Training(ddp_student, teacher, utils.ema_pairs(student, teacher), ibot_loss, optimizer, scaler, amp_dtype,
+                        args.freeze_backbone_epochs)
 
-    # ============ resume ============
+    # ============ start from weights, or resume ============
+    if args.init_from and not run.path:
+        notes += pretrained.start(args, student, teacher, pixel_stats)
     # Names in the file are the reference's: its student was always wrapped for data parallelism, its teacher only when the
     # head holds batch norms.
     parts = {"student": engine.Named(student, add="module."),
@@ -522,7 +528,7 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
         batches; the teacher's clusters [B], the largest output for the first global crop. `acc`: how often the student puts
         the second crop into the same; `grad_norm`: before clipping.
     """
-    student, teacher, ema, ibot_loss, optimizer, scaler, amp_dtype = training
+    student, teacher, ema, ibot_loss, optimizer, scaler, amp_dtype, freeze_backbone_epochs = training
     for group in optimizer.param_groups:
         group["lr"] = float(lr) * group["lr_scale"]
         group["weight_decay"] = float(weight_decay) * group["decayed"]
@@ -569,17 +575,15 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
             (loss if scaler is None else scaler.scale(loss)).backward()
     means = torch.stack(rows).mean(dim=0)
 
-    # clip each parameter by itself, move the centres, hold the last layer, step
+    # clip each parameter by itself, move the centres, hold what is frozen, step
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.stack(utils.clip_gradients(parameters, clip_grad)).norm()
     # A scaler looks at the gradients itself: while it seeks its scale they overflow, and nothing is wrong.
     finite = ibot_loss.update_centers((means.sum() + (grad_norm if scaler is None else 0)).isfinite())
-    if freeze_last_layer:
-        for name, p in student.named_parameters():
-            if "last_layer" in name:
-                p.grad = None
+    frozen = ["last_layer"] * freeze_last_layer + ["backbone."] * (epoch < freeze_backbone_epochs)
+    utils.drop_gradients(student, frozen)
     if scaler is None:
         utils.step_if(finite, optimizer)
     else:

@@ -4,7 +4,8 @@
     python main_ibot.py --recipe vit_s16_800ep --epochs 100 --data_path ...  # flags that are given count more
 
 None of them was run here: the numbers are the paper's. What it leaves open is chosen, and said in `note`. The number of
-processes and --batch_size_per_gpu are the user's; a run says so if its total batch is not the recipe's.
+processes and --batch_size_per_gpu are the user's; a run says so if its total batch is not the recipe's. `adapt` is not the
+paper's but ours.
 """
 import argparse
 import difflib
@@ -186,6 +187,11 @@ RECIPES = {
            ("", f"{SMALL} --epochs 300", "ViT-S/16, 300 epochs", (74.0, 74.3, 74.6)),
            ("b16_", "--arch vit_base --patch_size 16 --epochs 50", "ViT-B/16, 50 epochs", (70.0, 70.1, 70.4)))
        for s, knn in zip((0.25, 0.4, 0.32), numbers, strict=True)},
+    # ---- not the paper's
+    "adapt": Recipe(
+        f"--epochs 100 {COMMON} {RANDOM_MIM} {LOCAL} --warmup_teacher_temp_epochs 10 --lr 0.0001 --layer_decay 0.9 "
+        "--warmup_epochs 5 --freeze_backbone_epochs 1", "ours", "going on from weights (--init_from) with other images",
+        note="chosen, not searched for; the network is that of --arch", batch=256),
 }
 
 

@@ -108,6 +108,13 @@ def clip_gradients(parameters, max_norm):
     return norms
 
 
+def drop_gradients(model, words):
+    """No update, and no weight decay, of parameters with one of `words` in their names: their gradients go."""
+    for name, parameter in model.named_parameters():
+        if any(word in name for word in words):
+            parameter.grad = None
+
+
 def step_if(finite, optimizer):
     """`optimizer.step()` if the 0-d tensor `finite` is true. Fused AdamW reads it on the device, others wait for it."""
     if all(group.get("fused") for group in optimizer.param_groups):

@@ -21,6 +21,13 @@ import utils
 import variants
 
 K = 8192
+# The quickstart's flags, but iBOT's own centre.
+TOY = ("--arch vit_nano --drop_path 0 --head_hidden_dim 512 --out_dim 1024 --patch_out_dim 1024 --shared_head true "
+       "--momentum_teacher 0.95 --koleo 0.5 --warmup_teacher_temp 0.02 --teacher_temp 0.02 --teacher_patch_temp 0.04 "
+       "--warmup_teacher_temp_epochs 0 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2 --batch_size_per_gpu 64 --lr 0.004 "
+       "--warmup_epochs 2 --weight_decay_end 0.04 --num_workers 0 --saveckp_freq 0 --print_freq 20 --use_fp16 false "
+       "--patch_size 4 --global_crops_size 16 --local_crops_size 8 --global_crops_scale 0.5 1 --local_crops_number 0 "
+       "--augment none --color_jitter 0.8 0.4 0.4 0 0 --pixel_stats auto --device cpu").split()
 
 
 def step_parser(description):

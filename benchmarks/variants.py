@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine
 import loader
 import main_ibot
-from benchmarks.common import Ours, timed
+from benchmarks.common import TOY, Ours, timed
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.charts import loss_curves, read_log
 from evaluation.common.data import image_folders
@@ -57,13 +57,6 @@ VARIANTS = {
     "registers": ["--registers", "4"],
     "layer decay 0.9": ["--layer_decay", "0.9", "--patch_embed_lr", "0.2"],
 }
-# The quickstart's flags, but iBOT's own centre.
-TOY = ("--arch vit_nano --drop_path 0 --head_hidden_dim 512 --out_dim 1024 --patch_out_dim 1024 --shared_head true "
-       "--momentum_teacher 0.95 --koleo 0.5 --warmup_teacher_temp 0.02 --teacher_temp 0.02 --teacher_patch_temp 0.04 "
-       "--warmup_teacher_temp_epochs 0 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2 --batch_size_per_gpu 64 --lr 0.004 "
-       "--warmup_epochs 2 --weight_decay_end 0.04 --num_workers 0 --saveckp_freq 0 --print_freq 20 --use_fp16 false "
-       "--patch_size 4 --global_crops_size 16 --local_crops_size 8 --global_crops_scale 0.5 1 --local_crops_number 0 "
-       "--augment none --color_jitter 0.8 0.4 0.4 0 0 --pixel_stats auto --device cpu").split()
 
 
 # ---------------------------------------------------------------- steps

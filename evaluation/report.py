@@ -288,7 +288,8 @@ def published_table(records):
     networks, named = list(dict.fromkeys(map(network, records))), {recipe_of(record) for record in records} - {None}
     ablations = {name.split("_")[0] for name in named - set(SHOWN)}
     names = [name for which in networks for name in SHOWN if recipe_network(name) == which]
-    names += [name for name in RECIPES if name in named or name.split("_")[0] in ablations]
+    names += [name for name in RECIPES
+              if "arch" in flags_of(name) and (name in named or name.split("_")[0] in ablations)]
     found = [(name, RECIPES[name].what, *RECIPES[name][3:6]) for name in dict.fromkeys(names)]
     if ("vit_small", 16) in networks:
         for share, knn, linear, logistic in zip(("1 %", "10 %"), *(PUBLISHED_SUBSETS[name] for name in (

@@ -290,7 +290,7 @@ BAD = {
     "zero epochs": (["--epochs", "0"], "--epochs"),
     "crop scale": (["--local_crops_scale", "0.5", "0.2"], "--local_crops_scale"),
     "no loss": (["--lambda1", "0", "--lambda2", "0"], "no loss"),
-    "one crop for want of local ones": (["--lambda1", "0", "--global_crops_number", "1"], "two crops"),
+    "one crop for want of local ones": (["--global_crops_number", "1", "--local_crops_number", "0"], "two crops"),
     "cuda without a GPU": (["--device", "cuda"], "no CUDA"),
 }
 

@@ -1,21 +1,17 @@
 """The frozen backbone that an evaluation looks at."""
 import hashlib
-import math
-import re
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 import engine
 import models
 import recipes
 from images import IMAGENET, PixelStats, normalize, stored_pixel_stats
+from models.pretrained import reference_names, registers_of, trained_grid
 
 RANDOM_SEED = 0  # the untrained baseline is one fixed network, the same in every process
-MOST_CELLS = 512  # patches along a side of the images that a checkpoint was trained on
-MOST_REGISTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
     Raises InputError for a missing file or key and for weights that do not fit, with what is missing.
     """
     checkpoint = read_weights(weights) if checkpoint is None else checkpoint
-    state = None if weights == "random" else _reference_names(engine.backbone_state_dict(checkpoint, key, weights))
+    state = None if weights == "random" else reference_names(engine.backbone_state_dict(checkpoint, key, weights))
 
     stored = engine.stored_args(checkpoint, weights)
     arch = arch or stored.get("arch", "vit_small")
@@ -90,7 +86,8 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
             model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size)
         source = f"untrained, random weights (seed {RANDOM_SEED})"
     else:
-        trained_size = 224 if is_swin else _trained_image_size(state, patch_size, weights)
+        grid = None if is_swin else trained_grid(state, patch_size, weights)
+        trained_size = grid[0] * patch_size if grid else patch_size  # loading will say what is missing
         model = models.build_backbone(arch, patch_size=patch_size, window_size=window_size, img_size=trained_size,
                                       registers=registers_of(state))
         try:
@@ -106,12 +103,6 @@ def load_evaluated_backbone(weights, key, arch=None, patch_size=None, window_siz
                              {} if state is None else recipes.as_settings(stored, checkpoint.get("epoch")))
 
 
-def registers_of(state, prefix=""):
-    """How many registers a ViT's state dictionary has; at most MOST_REGISTERS, loading will say if there are more."""
-    token = state.get(f"{prefix}reg_token")
-    return min(token.shape[1], MOST_REGISTERS) if torch.is_tensor(token) and token.ndim == 3 else 0
-
-
 def _shown(value):
     return engine.printable(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
@@ -123,36 +114,3 @@ def weights_hash(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _reference_names(state):
-    """timm's names and shapes to this project's.
-
-    A Swin's patch merging belongs here to the stage that it ends; a ViT with registers has a position for its class token.
-    """
-    positions = state.get("pos_embed")
-    if "reg_token" in state and positions is not None and positions.ndim == 3:
-        if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
-            state = state | {"pos_embed": F.pad(positions, (0, 0, 1, 0))}
-    merging = re.compile(r"^layers\.(\d+)\.downsample\.")
-    if any(merging.match(name)[1] == "0" for name in state if merging.match(name)):
-        return state
-    return {merging.sub(lambda match: f"layers.{int(match[1]) - 1}.downsample.", name): value
-            for name, value in state.items()}
-
-
-def _trained_image_size(state, patch_size, weights):
-    """Side in pixels of the images that a ViT's position embedding was made for; any, if the weights are no ViT's."""
-    positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if positions is None or patches is None:
-        return patch_size  # loading will say what is missing
-    if positions.ndim != 3 or patches.ndim != 4:
-        raise engine.InputError(f"checkpoint {weights} is no ViT: pos_embed or patch_embed.proj.weight has another shape")
-    if patches.shape[-1] != patch_size:
-        raise engine.InputError(f"checkpoint {weights} has patches of {patches.shape[-1]} pixels, not {patch_size}; "
-                               "see --patch_size")
-    cells = math.isqrt(max(positions.shape[1] - 1, 0))
-    if not 1 <= cells <= MOST_CELLS or cells ** 2 != positions.shape[1] - 1:
-        raise engine.InputError(f"checkpoint {weights}: its {positions.shape[1] - 1} patch positions are no square grid "
-                               f"of at most {MOST_CELLS} x {MOST_CELLS}")
-    return cells * patch_size

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 import engine
 import models
 from evaluation.common.arguments import int_from, probability
-from evaluation.common.backbone import registers_of
 from evaluation.common.dense import DenseBackbone, dense_parser, filled, load_dense_backbone
 from evaluation.object_detection.cascade import CascadeMaskRCNN, paste_mask
 from evaluation.object_detection.coco import Categories, as_results, average_precision, collate, truth_of
 from evaluation.object_detection.draw import draw_detections
 from images import PixelStats, check_pixel_stats, load_rgb
+from models.pretrained import registers_of
 
 # What the paper's numbers were made with (Appendix C and the published commands), for a batch of that many images; the
 # Swin's is that of its authors. Rates are not scaled with the batch.

@@ -12,7 +12,6 @@ import engine
 import models
 from evaluation.common import davis
 from evaluation.common.arguments import int_from
-from evaluation.common.backbone import registers_of
 from evaluation.common.data import fitted
 from evaluation.common.dense import DenseBackbone, dense_parser, filled, load_dense_backbone
 from evaluation.semantic_segmentation.ade20k import (
@@ -24,6 +23,7 @@ from evaluation.semantic_segmentation.ade20k import (
 )
 from evaluation.semantic_segmentation.heads import Segmenter, predict
 from images import PixelStats, check_pixel_stats, load_rgb, normalize
+from models.pretrained import registers_of
 
 # Published settings (iBOT, Appendix C; its command lines), for batches of 16 images; `width` is UPerNet's.
 RECIPES = {
