@@ -25,8 +25,8 @@ from evaluation.common.rank import lidar, rankme
 from images import BadImage, CheckedImageFolder, normalize
 
 K = 20  # neighbours
-# Images of a part at most, evenly spread over it. All in all 1.6 % of what an epoch on ImageNet reads.
-MOST = {"train": 15_000, "val": 5_000, "images": 5_000, "views": 1_000}
+# Images of a part at most, evenly spread over it; docs/your_images.md has what they cost.
+MOST = {"train": 10_000, "val": 5_000, "images": 5_000, "views": 1_000}
 PAIRS, BATCH = 5, 128  # pairs of views of an image; images at a time
 PATIENCE = 3
 STATE = {"of": "", "best": -1.0, "epoch": -1, "last": -1.0, "falls": 0}  # what a checkpoint holds

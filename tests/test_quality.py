@@ -17,7 +17,7 @@ import engine
 import main_ibot
 import quality
 from benchmarks.faults import differences, everything
-from evaluation import eval_knn
+from evaluation import eval_knn, report
 from evaluation.common.backbone import load_evaluated_backbone
 from evaluation.common.charts import read_log
 from evaluation.common.data import image_sets
@@ -137,6 +137,9 @@ def test_figures_are_those_of_the_checkpoint(judged, digits, monkeypatch, capfd)
     state = engine.load_checkpoint(judged / engine.CHECKPOINT)["quality"]
     assert (state["best"], state["epoch"]) == (figures(judged)[best]["knn"], best)
     assert judged / BEST in main_ibot.FILES.held(judged)
+    pictures, _ = report.curves(judged)
+    assert pictures["knn"][1] == {"20-NN": [(epoch, found["knn"]) for epoch, found in enumerate(figures(judged))]}
+    assert {*pictures["ranks"][1]} == {"RankMe", "LiDAR"}
 
 
 def test_stop_amid_the_evaluation(digits, tmp_path, monkeypatch):
