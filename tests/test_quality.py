@@ -220,6 +220,7 @@ def test_best_and_falls(digits, tmp_path, capsys):
         if epoch == 4:  # a resume
             judge, _ = judge_of(digits, ALONE, {"quality": judge.state})
         judge.run.epoch = epoch
+        capsys.readouterr()
         names.append(judge._note(value))
         said.append(capsys.readouterr().out)
     assert [bool(name) for name in names] == [e in (0, 1, 7) for e in range(11)] and names[1] == [BEST]
