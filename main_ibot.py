@@ -36,7 +36,7 @@ import variants
 from models import pretrained
 
 METERS = ("loss", "cls", "patch", "acc", "grad_norm")
-FILES = engine.Files(others=(pictures.CROPS,))
+FILES = engine.Files(best="checkpoint_best.pth", others=(pictures.CROPS,))
 # What a checkpoint holds beside engine.PROGRESS: labels and clusters of the epoch, images of the folder, random states.
 PROGRESS = {"labels": torch.zeros(0, dtype=torch.int64), "clusters": torch.zeros(0, dtype=torch.int64), "folder": 0,
             "random": []}
@@ -131,6 +131,8 @@ def get_args_parser():
     run.add_argument("--output_dir", default=".", type=str)
     engine.add_run_flags(run)
     engine.add_device_flags(run)
+    run.add_argument("--eval_every", default=0, type=int, help="judge the teacher every so many epochs; 0: never")
+    run.add_argument("--eval_data", help="... on these images; with train/ and val/ of class folders also by k-NN")
     run.add_argument("--saveckp_freq", default=40, type=int, help="keep checkpointNNNN.pth every so many epochs; 0: never")
     engine.add_compile_flags(run, tuple(models.RECOMPUTE))
     return parser
@@ -145,12 +147,13 @@ def check_args(args):
                     "accum_iter global_crops_number global_crops_size local_crops_size",
         not_negative="local_crops_number warmup_epochs warmup_teacher_temp_epochs pred_start_epoch freeze_last_layer "
                      "freeze_backbone_epochs saveckp_freq save_every_steps save_every_minutes max_bad_images clip_grad "
-                     "koleo lambda1 lambda2 lr min_lr patch_embed_lr registers seed num_workers",
+                     "koleo lambda1 lambda2 lr min_lr patch_embed_lr registers seed num_workers eval_every",
         positive="warmup_teacher_temp teacher_temp warmup_teacher_patch_temp teacher_patch_temp layer_decay",
         share="layer_decay momentum_teacher center_momentum patch_center_momentum", below_1="drop_path")
     augmentation.check_augment_flags(args)
     need(not args.lambda1 or args.global_crops_number > 1 or args.local_crops_number,
          "the [CLS] loss needs two crops: raise --global_crops_number or --local_crops_number")
+    need(args.eval_every or not args.eval_data, "--eval_data is read every --eval_every epochs: give that too")
     variants.check(args)
     patch_tokenizers.check(args)
     need(args.lambda1 + args.lambda2 > 0, "--lambda1 and --lambda2 are both 0: there is no loss")
@@ -414,6 +417,10 @@ def pretrain(args, run):
 
     # ============ networks ============
     student, teacher = (network.to(device) for network in build_networks(args, tokenizer and tokenizer.tokens))
+    judge = None
+    if args.eval_every:
+        from quality import Judge  # of the evaluations, which others need not wait for
+        judge = Judge(args, run, data_loader, teacher.backbone, pixel_stats)
     for network in (student, teacher):
         network.backbone.residual_dtype = amp_dtype if args.residual_dtype == "amp" else None
         network.backbone.set_grad_checkpointing(recompute == "blocks")
@@ -446,7 +453,7 @@ def pretrain(args, run):
     parts = {"student": engine.Named(student, add="module."),
              "teacher": engine.Named(teacher, add="module." if teacher.head.has_batch_norm else ""),
              "optimizer": optimizer, "ibot_loss": ibot_loss, "fp16_scaler": scaler}
-    notes += run.changes({"saveckp_freq"}) + run.resume(parts, total_batch, steps, images=len(dataset))
+    notes += run.changes({"saveckp_freq", "eval_every"}) + run.resume(parts, total_batch, steps, images=len(dataset))
     run.start(dataset)
     run.schedules = {"lr": schedules["lr"], "wd": schedules["wd"]}
     peak = engine.peak_flops(device, amp_dtype)
@@ -477,10 +484,11 @@ def pretrain(args, run):
         batches = loader.device_batches(data_loader, device, photometry, pixel_stats, amp_dtype or torch.float32,
                                         getattr(tokenizer, "of_crops", None))
         stats = train_one_epoch(run, batches, training, schedules, epoch, args)
-        run.end_epoch({f"train_{name}": value for name, value in stats.items()}, stats)
+        figures, names = judge(teacher.backbone) if judge and judge.is_due(epoch) else ({}, [])
+        run.end_epoch({f"train_{name}": value for name, value in stats.items()} | figures, stats | figures)
         seen = collapse.say(stats, args.out_dim, ibot_loss.center2.shape[-1], schedules["temp"][epoch], seen)
         keep = args.saveckp_freq and epoch and epoch % args.saveckp_freq == 0  # the reference counts its files so
-        run.next_epoch([f"checkpoint{epoch:04}.pth"] if keep else [])
+        run.next_epoch(names + [f"checkpoint{epoch:04}.pth"] * bool(keep))
     if run.is_main:
         print(f"training time {engine.eta_string(time.time() - start_time)}; checkpoint: {run.folder / engine.CHECKPOINT}")
 
@@ -488,6 +496,8 @@ def pretrain(args, run):
 def train_one_epoch(run, batches, training, schedules, epoch, args):
     """The updates that are left of an epoch. Returns its means by name (on process 0 also clustering scores)."""
     tokens_seen = training.ibot_loss.tokens_seen
+    if tokens_seen is not None and not run.step:
+        tokens_seen.zero_()
     names = collapse.names_of(training.ibot_loss)
     signs = engine.DeviceMeters(names)
     for it in run.updates():
@@ -504,7 +514,6 @@ def train_one_epoch(run, batches, training, schedules, epoch, args):
     stats = run.means()
     if tokens_seen is not None:
         stats["tokens_used"] = tokens_seen.float().mean().item()
-        tokens_seen.zero_()
     labels, clusters = (run.gathered(name).numpy() for name in ("labels", "clusters"))
     if run.is_main:
         stats |= utils.clustering_scores(labels, clusters)

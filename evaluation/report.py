@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine
-from evaluation.common.charts import draw_curves, loss_curves, numbers, read_log
+from evaluation.common.charts import draw_curves, loss_curves, numbers, quality_curves, read_log
 from evaluation.common.results import read_results
 from recipes import RECIPES, flags_of
 
@@ -369,6 +369,7 @@ def curves(folder):
         epochs = read(folder / "log.txt")
         pictures["losses"] = "Losses of pre-training", loss_curves(epochs)
         pictures["nmi"] = NMI, {"": nmi_curve(epochs)}
+        pictures |= quality_curves(epochs)
     for picture, title, kinds in (  # sub-folders of run.sh, with one per key
             ("linear", "Top-1 accuracy of linear probes in percent (of a sweep: the epoch's best head)",
              {kind: f", {PROTOCOLS[kind]}" for kind in ("linear", "linear_solo")}),

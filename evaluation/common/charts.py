@@ -37,6 +37,15 @@ def loss_curves(epochs):
             for key, name in (("loss", "total"), ("cls", "[CLS]"), ("patch", "patch"))}
 
 
+def quality_curves(epochs):
+    """{name of a picture: (title, curves)} of what `--eval_every` wrote into a log of pre-training; see `loss_curves`."""
+    def curves(**names):
+        return {name: [(epoch, values[key]) for epoch, values in epochs.items() if key in values]
+                for key, name in names.items()}
+    return {"knn": ("Accuracy of the teacher in percent, as it trained", curves(knn="20-NN")),
+            "ranks": ("Effective ranks of the teacher's features", curves(rankme="RankMe", lidar="LiDAR"))}
+
+
 def ticks(low, high, count=6):
     """Round numbers, about `count`, within [low, high]."""
     step = 10 ** math.floor(math.log10((high - low) / count))

@@ -79,9 +79,14 @@ class ImageSet(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
+        image, label = self.load(index)
+        return image if self.transform is None else self.transform(image), label, index
+
+    def load(self, index):
+        """(PIL RGB image, label), untransformed."""
         source, _ = self.samples[int(self.rows[index])]
         image = Image.fromarray(source).convert("RGB") if isinstance(source, np.ndarray) else load_rgb(source)
-        return image if self.transform is None else self.transform(image), int(self.targets[index]), index
+        return image, int(self.targets[index])
 
     def source(self, index):
         """Path of an image; of one in memory its number."""

@@ -57,14 +57,14 @@ def sharded_loader(dataset, batch_size, num_workers, process, **options):
                       pin_memory=process.device.type == "cuda", **options)
 
 
-def extract_features(model_fn, loader, process, name="images"):
+def extract_features(model_fn, loader, process, name="images", quiet=False):
     """Features and labels of a whole data set, in its order, as CPU tensors on rank 0: ([n, F] float32, [n] int64).
 
     Args:
         model_fn: images [B, 3, H, W] on `process.device` to features [B, F].
         loader: `sharded_loader` of a data set whose items are (image, label, index), or another one whose batches are
             equally many, and at every step equally large, in all processes.
-        name: what the progress lines and errors call the data.
+        name: what the progress lines and errors call the data. quiet: without these lines.
 
     Every batch is gathered and copied to the CPU at once, so that a device never holds more than W batches. Images that
     padding repeats overwrite their own row. Other ranks return (None, None). Raises InputError, on all ranks, for
@@ -87,7 +87,7 @@ def extract_features(model_fn, loader, process, name="images"):
             index, label = place.cpu()
             features[index], labels[index] = rows.cpu(), label
         done = min(done + len(batch) * process.world_size, n)
-        if (step + 1) % 50 == 0 or step + 1 == len(loader):
+        if not quiet and ((step + 1) % 50 == 0 or step + 1 == len(loader)):
             print(f"features of {name}: {done}/{n}", flush=True)
     if process.world_size > 1:
         dist.all_reduce(broken)
