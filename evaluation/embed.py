@@ -7,10 +7,10 @@
         names, features = file["names"], file["features"]    # [n] paths below the folder, sorted; [n, F] float32
         settings = json.loads(str(file["settings"]))
 
-Images are those of the folder and of all folders in it, of a list (.txt), shards or several of these, cut as in the
+Images are those of the folder and of all folders in it, of a list (.txt), of shards, or of several of these, cut as in the
 evaluations (`eval_transform`); features are those of `pool_features`, not normalised. The page, features/index.html, and
-its tables compare them by the cosine, as the retrieval among images of one's own does; that takes the square of the number of
-images, `--page false` leaves it out.
+its tables compare them by the cosine, as the retrieval among images of one's own does; that takes the square of the number
+of images, `--page false` leaves it out.
 
 Features come from all processes; the first one writes and compares.
 """
