@@ -6,7 +6,7 @@ global crops [G, B, 3, S, S], cells [M] of the flattened [G*B*N]) -> int64 [M]; 
 Letters: B images, G global crops, N cells of a crop, M cells that are asked for, K tokens, p the side of a cell in pixels.
 """
 import hashlib
-from pathlib import Path
+import os
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 import engine
 import models
 from images import normalize, stored_pixel_stats
+from shards import Member
 
 LEVELS = 8  # of each channel's mean: 3 bits
 
@@ -183,7 +184,9 @@ class StoredTokens:
     def find(self, dataset):
         """Find the images of a folder in the file. Raises `engine.InputError` for one that is not there."""
         rows = {name: row for row, name in enumerate(self.names)}
-        names = [Path(dataset.source(i)).relative_to(dataset.root).as_posix() for i in range(len(dataset))]
+        sources = map(dataset.source, range(len(dataset)))
+        names = [source.name if isinstance(source, Member) else source.removeprefix(dataset.root + os.sep)
+                 for source in sources]
         absent = next((name for name in names if name not in rows), None)
         if absent is not None:
             raise engine.InputError(f"--tokenizer_file {self.path}: has no tokens of {absent}")

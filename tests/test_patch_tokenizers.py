@@ -107,7 +107,7 @@ def stored(digits, tmp_path_factory):
     return path, names, content
 
 
-def test_stored_tokens_and_their_crops(stored, digits):
+def test_stored_tokens_and_their_crops(stored, digits, tmp_path):
     path, names, content = stored
     args = parsed("--tokenizer", "file", "--tokenizer_file", path, "--augment", "none", "--data_path", digits / "train",
                   "--global_crops_number", 2)
@@ -131,6 +131,12 @@ def test_stored_tokens_and_their_crops(stored, digits):
             tokens = content["tokens"][row, view].numpy()
             assert ((grid == -1) | (grid == tokens)).all() and 0 < (grid >= 0).sum() < 16
     assert views == {0, 1, 2}
+    loader.pack([digits / "train"], tmp_path / "tars", 0, 1.0)
+    args.data_path = str(tmp_path / "tars")
+    again = patch_tokenizers.build(args, torch.device("cpu"), None)
+    main_ibot.build_data(args, engine.init_process("cpu"), "cpu", 1, again)
+    assert np.array_equal(again.rows, tokenizer.rows)
+
     batch = loader.collate([dataset[i] for i in range(4)], pad_masks=32)
     grids = np.stack([np.stack(dataset[i][2]) for i in range(4)], axis=1).reshape(-1)
     assert batch.targets.dtype == torch.int64 and len(batch.targets) % 32 == 0
