@@ -164,8 +164,9 @@ class Judge:
         if not good.all():
             bad = [sample.images.source(place) for place in sample.places[~good.numpy()].tolist()]
             engine.need(good.any(), f"evaluation: of {folder} ({name}) no image can be read, the first is {bad[0]}")
-            engine.say_once(f"note: {len(bad)} of {len(good)} images of {folder} ({name}) cannot be read and are not "
-                            f"evaluated; the first: {', '.join(bad[:10])}")
+            if name != "views":  # they are among the others
+                engine.say_once(f"note: {len(bad)} of {len(good)} images of {folder} ({name}) cannot be read and are not "
+                                f"evaluated; the first: {', '.join(bad[:10])}")
         return features[good], labels[good]
 
     def _note(self, value):
