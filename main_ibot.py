@@ -132,7 +132,7 @@ def get_args_parser():
     engine.add_run_flags(run)
     engine.add_device_flags(run)
     run.add_argument("--eval_every", default=0, type=int, help="judge the teacher every so many epochs; 0: never")
-    run.add_argument("--eval_data", help="... on these images; with train/ and val/ of class folders also by k-NN")
+    run.add_argument("--eval_data", help="... on these images; a folder with train/ and val/ also by k-NN")
     run.add_argument("--saveckp_freq", default=40, type=int, help="keep checkpointNNNN.pth every so many epochs; 0: never")
     engine.add_compile_flags(run, tuple(models.RECOMPUTE))
     return parser

@@ -81,10 +81,10 @@ def undisturbed(device):
 
 
 def read_images(folder, dataset):
-    """{"train": ..., "val": ...} of a folder with labels; {"images": ...} of one without or, if it is None, of training."""
+    """{"train": ..., "val": ...} of a folder with labels; {"images": ...} of images without or, for None, of training."""
     if folder and all((Path(folder) / part).is_dir() for part in ("train", "val")):
         return dict(zip(("train", "val"), image_sets("imagefolder", folder), strict=True))
-    return {"images": CheckedImageFolder(folder) if folder else dataset}
+    return {"images": CheckedImageFolder(folder, labelled=False) if folder else dataset}
 
 
 def pairs_of_views(crops, image):
@@ -160,12 +160,13 @@ class Judge:
         features, labels = extract_features(pooled, Fetched(self.run, batches), self.run.process, name, quiet=True)
         if not self.run.is_main:
             return None
-        good, folder = labels >= 0, self.args.eval_data or self.args.data_path
+        good, folder = labels >= 0, sample.images.root
         if not good.all():
             bad = [sample.images.source(place) for place in sample.places[~good.numpy()].tolist()]
             engine.need(good.any(), f"evaluation: of {folder} ({name}) no image can be read, the first is {bad[0]}")
-            engine.say_once(f"note: {len(bad)} of {len(good)} images of {folder} ({name}) cannot be read and are not "
-                            f"evaluated; the first: {', '.join(bad[:10])}")
+            if name != "views":  # they are among the others
+                engine.say_once(f"note: {len(bad)} of {len(good)} images of {folder} ({name}) cannot be read and are not "
+                                f"evaluated; the first: {', '.join(bad[:10])}")
         return features[good], labels[good]
 
     def _note(self, value):
