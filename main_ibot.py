@@ -331,6 +331,20 @@ def flops_per_image(args):
                                  (local_crops * B, args.local_crops_size), patch_mean) / B
 
 
+def seconds_per_image(args, device, amp_dtype):
+    """What the device needs at least for an image; None where its speed is not known or the step is not iBOT's own."""
+    peak = engine.peak_flops(device, amp_dtype)
+    return flops_per_image(args) / peak if peak and variants.is_plain(args) else None
+
+
+def build_loss(args, patch_out_dim, schedules):
+    """The `iBOTLoss` of the flags; patch_out_dim: K of the head's patch output."""
+    return iBOTLoss(
+        args.out_dim, patch_out_dim, schedules["temp"], schedules["patch_temp"], center_momentum=args.center_momentum,
+        patch_center_momentum=args.patch_center_momentum, lambda1=args.lambda1, lambda2=args.lambda2,
+        patch_centering=args.patch_centering, patch_targets=args.patch_targets)
+
+
 def build_schedules(args, steps_per_epoch, total_batch):
     """{"lr", "wd", "momentum"} of every step and {"temp", "patch_temp"} of every epoch; lines about what to watch."""
     notes = []
@@ -402,9 +416,7 @@ def pretrain(args, run):
     run.find({"student": dict, "teacher": dict, "optimizer": dict, "ibot_loss": dict}, "pre-training")
     compiled, recompute = models.choose_compilation(args.compile, args.recompute, args.grad_checkpointing, device)
     amp_dtype = engine.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    tokenizer = patch_tokenizers.build(args, device, amp_dtype)
-    run.entries |= patch_tokenizers.record(args, tokenizer)
-    patch_tokenizers.check_same(run.checkpoint, run.path, run.entries)
+    tokenizer = patch_tokenizers.of_run(args, run, amp_dtype)
     torch.backends.cudnn.benchmark = True  # crops have one size or two
 
     # ============ data ============
@@ -417,10 +429,7 @@ def pretrain(args, run):
 
     # ============ networks ============
     student, teacher = (network.to(device) for network in build_networks(args, tokenizer and tokenizer.tokens))
-    judge = None
-    if args.eval_every:
-        from quality import Judge  # of the evaluations, which others need not wait for
-        judge = Judge(args, run, data_loader, teacher.backbone, pixel_stats)
+    judge = build_judge(args, run, data_loader, teacher.backbone, pixel_stats)
     for network in (student, teacher):
         network.backbone.residual_dtype = amp_dtype if args.residual_dtype == "amp" else None
         network.backbone.set_grad_checkpointing(recompute == "blocks")
@@ -430,15 +439,11 @@ def pretrain(args, run):
 
     # ============ schedules, loss, optimizer ============
     schedules, notes = build_schedules(args, steps, total_batch)
-    ibot_loss = iBOTLoss(
-        args.out_dim, len(student.head.last_layer2.weight_v), schedules["temp"], schedules["patch_temp"],
-        center_momentum=args.center_momentum, patch_center_momentum=args.patch_center_momentum, lambda1=args.lambda1,
-        lambda2=args.lambda2, patch_centering=args.patch_centering, patch_targets=args.patch_targets).to(device)
+    ibot_loss = build_loss(args, len(student.head.last_layer2.weight_v), schedules).to(device)
     variants.choose(ibot_loss, args, tokenizer, patch_cross_entropy, student, teacher, amp_dtype)
-    photometry = loader.apply_photometry
     if compiled:
         ibot_loss.compile()
-        photometry = torch.compile(photometry, dynamic=False)
+    photometry = torch.compile(loader.apply_photometry, dynamic=False) if compiled else loader.apply_photometry
     groups = utils.get_params_groups(student, args.layer_decay, args.patch_embed_lr)
     optimizer = utils.build_optimizer(args.optimizer, groups, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
@@ -456,22 +461,16 @@ def pretrain(args, run):
     notes += run.changes({"saveckp_freq", "eval_every"}) + run.resume(parts, total_batch, steps, images=len(dataset))
     run.start(dataset)
     run.schedules = {"lr": schedules["lr"], "wd": schedules["wd"]}
-    peak = engine.peak_flops(device, amp_dtype)
-    run.seconds_per_image = flops_per_image(args) / peak if peak and variants.is_plain(args) else None
+    run.seconds_per_image = seconds_per_image(args, device, amp_dtype)
     if run.is_main:
-        if not run.path:
-            pictures.write_crops(dataset, islice(sampler, 6), args.use_masked_im_modeling, run.folder)
-        print(engine.describe_run(args, process))
-        classes = len(dataset.classes)
-        print(f"data: {len(dataset)} images of {classes} class{'es' * (classes > 1)}, {steps} steps an epoch")
-        print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
-              f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; recomputed: {recompute}; "
-              f"colours changed on: {'device' if on_device else 'cpu'}; {data_loader.num_workers} loader processes")
-        print(f"crops of the first batch: {run.folder / pictures.CROPS}; pixels normalised with {pixel_stats}")
-        print(f"total batch: {total_batch}; "
-              f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)")
-        notes = [*dataset.notes, *recipes.notes(args, total_batch), *notes, run.where()]
-        print("\n".join(notes), flush=True)
+        introduce(args, run, data_loader, [
+            f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; "
+            f"precision: {amp_dtype or torch.float32}; compiled: {compiled}; recomputed: {recompute}; "
+            f"colours changed on: {'device' if on_device else 'cpu'}; {data_loader.num_workers} loader processes",
+            f"crops of the first batch: {run.folder / pictures.CROPS}; pixels normalised with {pixel_stats}",
+            f"total batch: {total_batch}; "
+            f"peak learning rate: {schedules['lr'].max():.6g} (--lr {args.lr:g} x {total_batch} / 256)",
+            *dataset.notes, *recipes.notes(args, total_batch), *notes, run.where()])
 
     # ============ training ============
     start_time, seen = time.time(), {}
@@ -491,6 +490,24 @@ def pretrain(args, run):
         run.next_epoch(names + [f"checkpoint{epoch:04}.pth"] * bool(keep))
     if run.is_main:
         print(f"training time {engine.eta_string(time.time() - start_time)}; checkpoint: {run.folder / engine.CHECKPOINT}")
+
+
+def build_judge(args, run, data_loader, backbone, pixel_stats):
+    """What looks at the teacher after every `--eval_every`th epoch, or None."""
+    if not args.eval_every:
+        return None
+    from quality import Judge  # of the evaluations, which others need not wait for
+    return Judge(args, run, data_loader, backbone, pixel_stats)
+
+
+def introduce(args, run, data_loader, lines):
+    """Draw the crops of the first images and print what is run."""
+    dataset, classes = data_loader.dataset, len(data_loader.dataset.classes)
+    if not run.path:
+        pictures.write_crops(dataset, islice(data_loader.sampler, 6), args.use_masked_im_modeling, run.folder)
+    print(engine.describe_run(args, run.process))
+    print(f"data: {len(dataset)} images of {classes} class{'es' * (classes > 1)}, {run.steps} steps an epoch")
+    print("\n".join(lines), flush=True)
 
 
 def train_one_epoch(run, batches, training, schedules, epoch, args):
@@ -550,8 +567,7 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
         global_crops, masks = batch.global_crops.flatten(0, 1), batch.masks.flatten(0, 1)  # [G*B, 3, S, S], [G*B, h, w]
         local_crops = None if batch.local_crops is None else batch.local_crops.flatten(0, 1)  # [L*B, 3, s, s]
         patch_loss = ibot_loss.lambda2 > 0  # without it no patch goes through the last layer
-        index = batch.mask_index if patch_loss else batch.mask_index[:0]
-        weight = batch.mask_weight if patch_loss else batch.mask_weight[:0]
+        index, weight = (x if patch_loss else x[:0] for x in (batch.mask_index, batch.mask_weight))
         local_masks = None if batch.local_masks is None else batch.local_masks.flatten(0, 1)
         match, last = ibot_loss.match is not None, i + 1 == accum_iter
         with student.no_sync() if engine.get_world_size() > 1 and not last else nullcontext():
@@ -572,14 +588,14 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
 
             clusters.append(teacher_cls[:B].argmax(dim=-1))
             labels.append(batch.labels)
-            agree = (clusters[-1] == student_cls[min(B, len(student_cls) - B):][:B].argmax(dim=-1)).float().mean()
+            agree = (clusters[-1] == student_cls[B * (len(student_cls) > B):][:B].argmax(dim=-1)).float().mean()
             rows.append(torch.stack([*(value.detach() for value in losses.values()), agree]))
             if watch and last:
                 signs = collapse.signs(ibot_loss, teacher_cls, teacher_patch, weight, losses, epoch, student_patch)
 
             # backward; what it does not read makes room
-            del batch, global_crops, local_crops, teacher_cls, teacher_patch, student_cls, student_patch, features
-            del teacher_outputs, student_outputs
+            del batch, global_crops, local_crops, teacher_cls, teacher_patch, student_cls, student_patch, features, \
+                teacher_outputs, student_outputs
             loss = losses["loss"] / accum_iter
             (loss if scaler is None else scaler.scale(loss)).backward()
     means = torch.stack(rows).mean(dim=0)
@@ -591,8 +607,7 @@ def train_step(batches, training, epoch, lr, weight_decay, momentum, clip_grad, 
     grad_norm = torch.stack(utils.clip_gradients(parameters, clip_grad)).norm()
     # A scaler looks at the gradients itself: while it seeks its scale they overflow, and nothing is wrong.
     finite = ibot_loss.update_centers((means.sum() + (grad_norm if scaler is None else 0)).isfinite())
-    frozen = ["last_layer"] * freeze_last_layer + ["backbone."] * (epoch < freeze_backbone_epochs)
-    utils.drop_gradients(student, frozen)
+    utils.drop_gradients(student, ["last_layer"] * freeze_last_layer + ["backbone."] * (epoch < freeze_backbone_epochs))
     if scaler is None:
         utils.step_if(finite, optimizer)
     else:

@@ -54,6 +54,14 @@ def build(args, device, amp_dtype):
     return None
 
 
+def of_run(args, run, amp_dtype):
+    """`build`, noted in an `engine.Run`'s checkpoints. Raises `engine.InputError` if the run that goes on had another."""
+    tokenizer = build(args, run.process.device, amp_dtype)
+    run.entries |= record(args, tokenizer)
+    check_same(run.checkpoint, run.path, run.entries)
+    return tokenizer
+
+
 def record(args, tokenizer):
     """What a checkpoint holds of its tokenizer: kind, number of tokens, side of a cell, sha256 of the file ("" without)."""
     if tokenizer is None:
