@@ -13,7 +13,6 @@ import torch
 
 import engine
 import models
-from images import normalize, stored_pixel_stats
 from shards import Member
 
 LEVELS = 8  # of each channel's mean: 3 bits
@@ -143,14 +142,14 @@ class FrozenNetwork:
         if found != cell:
             raise engine.InputError(f"--tokenizer_file {path}: its patches are of {found} pixels, the student's of {cell}")
         self.head = load_projection_head(checkpoint, key, path, patches=True).to(device)
-        self.stats = stored_pixel_stats(checkpoint, path)
+        self.normalize = backbone.normalize
         self.cell, self.backbone, self.tokens = cell, backbone.model.to(device), len(self.head.last_layer.weight_v)
         self.amp_dtype = amp_dtype
 
     @torch.no_grad()
     def of_crops(self, crops, index):
         with torch.autocast(crops.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            tokens, _ = self.backbone.forward_crops([normalize(crops.flatten(0, 1), self.stats)], wanted=index)
+            tokens, _ = self.backbone.forward_crops([self.normalize(crops.flatten(0, 1))], wanted=index)
             z = self.head.bottleneck(tokens[len(tokens) - len(index):])
             rows = max(1, 2**24 // self.tokens)  # K is large: 65,536
             return torch.cat([self.head.last_layer(part).argmax(dim=-1) for part in z.split(rows)])
